@@ -1,0 +1,1 @@
+"""The contract of backends and devices, as tests to inherit."""

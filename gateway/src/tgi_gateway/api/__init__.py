@@ -1,0 +1,1 @@
+"""HTTP: routes, wire models and their answers."""

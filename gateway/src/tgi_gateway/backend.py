@@ -1,0 +1,214 @@
+"""The Backend protocol: what the gateway asks of an engine, and the values they exchange at start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+from tgi_gateway.errors import Unsupported
+from tgi_gateway.types import Request, StepEvents
+
+API_VERSION = 1
+"""Raised when a method or field changes meaning. The gateway accepts plug-ins of this version and the one before."""
+
+Emit = Callable[[StepEvents], None]
+
+Feature = Literal[
+    "sampling",
+    "seed",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "watermark",
+    "grammar",
+    "logprobs",
+    "top_n_tokens",
+    "prefill_logprobs",
+    "ignore_eos",
+    "min_new_tokens",
+    "stop_token_ids",
+    "lora",
+]
+ALL_FEATURES: frozenset[Feature] = frozenset(get_args(Feature))
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do, declared once and readable without its runtime. The rest is refused with `Unsupported`."""
+
+    features: frozenset[Feature] = frozenset()
+    prefix_cache: bool = False
+    batching: bool = True
+    """Whether requests share steps; False means one request at a time."""
+    max_top_n_tokens: int = 20
+    batch_invariant: bool = True
+    """Greedy tokens do not depend on who shares the batch, or on a warm prefix cache. False: `tolerance` applies."""
+    tolerance: float = 0.0
+    """Largest difference of a token's log-probability, alone against batched or cold against warm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an engine has free now; admission works with it."""
+
+    max_sequences: int
+    free_sequences: int
+    total_kv_tokens: int
+    free_kv_tokens: int
+    """Counting cached but unreferenced pages as free."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an engine serves, known once it has started."""
+
+    model_id: str
+    max_input_tokens: int
+    max_total_tokens: int
+    """Prompt and output of one request."""
+    max_batch_total_tokens: int
+    """KV tokens of all running requests: a promise that memory suffices."""
+    max_batch_prefill_tokens: int
+    max_sequences: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str = ""
+    device: str = ""
+    model_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The part of the settings that an engine needs. None means: the engine decides and reports it in `ModelInfo`."""
+
+    model_path: Path
+    """Local folder (or file) of the model."""
+    model_id: str
+    dtype: str | None = None
+    quantize: str | None = None
+    kv_cache_dtype: str | None = None
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    max_batch_prefill_tokens: int | None = None
+    max_batch_total_tokens: int | None = None
+    max_batch_size: int | None = None
+    num_shard: int = 1
+    memory_fraction: float = 1.0
+    cuda_graphs: tuple[int, ...] | None = None
+    rope_scaling: str | None = None
+    rope_factor: float | None = None
+    speculate: int | None = None
+    lora_adapters: tuple[str, ...] = ()
+    prefix_caching: bool = True
+    prefill_chunking: bool = True
+    prefill_logprobs: bool = False
+    trust_remote_code: bool = False
+    load_format: Literal["auto", "dummy"] = "auto"
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Values of the plug-in's own flags, by name."""
+
+
+class Backend(Protocol):
+    """A whole engine. Everything but `start`, `health` and `stop` returns at once and may be called from any thread.
+
+    Every submitted request ends in exactly one `Finished` or `Failed`; a cancelled one in ``Finished(cancelled)``,
+    unless its ending was already on the way. Unknown ids in `cancel` are ignored.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def start(self, emit: Emit) -> ModelInfo:
+        """Load and warm up; afterwards `emit` is called once per step, from any thread. Raises `StartError`."""
+        ...
+
+    def submit(self, request: Request) -> None:
+        """Take the request. What cannot be done with it is told by a `Failed` event, never by an exception."""
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """End the request and free its capacity within one step."""
+        ...
+
+    def capacity(self) -> Capacity: ...
+
+    async def health(self) -> None:
+        """Return if the engine can generate; raise `Unhealthy` if not. Cheap while steps make progress."""
+        ...
+
+    async def stop(self, drain_s: float) -> None:
+        """Finish open requests for up to `drain_s` seconds, fail the rest, free everything. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A command-line flag that a plug-in adds. The environment variable is the name in upper case with underscores."""
+
+    name: str
+    """As typed, e.g. ``--n-threads``."""
+    kind: type
+    default: object
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendPlugin:
+    """What a distribution registers. Importing the module that makes it must import no heavy runtime."""
+
+    name: str
+    summary: str
+    capabilities: Capabilities
+    create: Callable[[EngineOptions], Backend]
+    """Called in the engine host process; heavy imports happen in here."""
+    missing: Callable[[], str | None] = lambda: None
+    """None if this machine can run it; else what is missing and how to get it."""
+    flags: tuple[Flag, ...] = ()
+    needs_model: bool = True
+    """False for engines without weights (echo): any tokenizer folder will do."""
+    api_version: int = API_VERSION
+
+
+def required_features(request: Request) -> set[Feature]:
+    """The features that `request` uses, by comparing it with the neutral values."""
+    sampling, stop = request.sampling, request.stop
+    used: dict[Feature, bool] = {
+        "sampling": sampling.do_sample,
+        "top_k": sampling.do_sample and sampling.top_k > 0,
+        "top_p": sampling.do_sample and sampling.top_p < 1.0,
+        "min_p": sampling.do_sample and sampling.min_p > 0.0,
+        "typical_p": sampling.do_sample and sampling.typical_p < 1.0,
+        "repetition_penalty": sampling.repetition_penalty != 1.0,
+        "frequency_penalty": sampling.frequency_penalty != 0.0,
+        "presence_penalty": sampling.presence_penalty != 0.0,
+        "logit_bias": bool(sampling.logit_bias),
+        "watermark": sampling.watermark,
+        "grammar": sampling.grammar is not None,
+        "top_n_tokens": request.top_n_tokens > 0,
+        "prefill_logprobs": request.prefill_logprobs,
+        "ignore_eos": stop.ignore_eos,
+        "min_new_tokens": stop.min_new_tokens > 0,
+        "stop_token_ids": bool(stop.stop_token_ids),
+        "lora": request.adapter_id is not None,
+    }
+    return {feature for feature, is_used in used.items() if is_used}
+
+
+def refuse_unsupported(request: Request, capabilities: Capabilities) -> None:
+    """Raise `Unsupported` naming what `request` uses and the engine lacks."""
+    lacking = sorted(required_features(request) - capabilities.features)
+    if lacking:
+        raise Unsupported(f"this engine does not support {', '.join(f'`{name}`' for name in lacking)}")
+    if request.top_n_tokens > capabilities.max_top_n_tokens:
+        raise Unsupported(
+            f"`top_n_tokens` is {request.top_n_tokens}; this engine reports at most {capabilities.max_top_n_tokens}"
+        )

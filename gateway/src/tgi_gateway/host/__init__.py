@@ -1,0 +1,1 @@
+"""The engine host: queue, admission and dispatch around a Backend."""

@@ -1,0 +1,1 @@
+"""Text work: tokenizer, chat template, stop strings, validation."""

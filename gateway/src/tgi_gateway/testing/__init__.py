@@ -1,0 +1,1 @@
+"""The smallest correct backends, for tests and measurements without a model."""

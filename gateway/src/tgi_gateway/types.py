@@ -1,0 +1,176 @@
+"""The values that carry a request from the HTTP worker to the engine and its tokens back.
+
+All are frozen and hold only numbers, strings and tuples, so that they cross process borders as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
+GrammarKind = Literal["json", "regex", "json_schema", "choice", "lark"]
+NO_LOGPROB = math.nan
+"""Log-probability of a token whose request did not ask for it, and of a prompt's first token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A constraint on the generated text; ``source`` is the schema, expression or list as text."""
+
+    kind: GrammarKind
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Every field's default is neutral.
+
+    Order of application: logit bias, repetition, frequency and presence penalties, grammar mask, temperature, top-k,
+    top-p, min-p, typical-p, choice. The penalties see exactly this request's prompt and output.
+    """
+
+    do_sample: bool = False
+    """False: greedy, the arg-max after penalties. True: a draw with `seed`."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    seed: int = 0
+    """Unsigned 64 bit. Same request and seed: same tokens, whoever shares the batch."""
+    repetition_penalty: float = 1.0
+    """Keskar et al. 2019 (CTRL), over prompt and output: positive logits are divided by it, negative multiplied."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per earlier occurrence in the output."""
+    presence_penalty: float = 0.0
+    """Subtracted once if the token occurs in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    watermark: bool = False
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """When a request ends. Checked in this order: length, end-of-sequence or stop token, stop string."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    """Until so many tokens exist, end-of-sequence and stop tokens cannot be chosen."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    """Matched on text, in the HTTP worker, which then cancels the request in the engine; engines ignore them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. `request_id` is unique among the open requests of one engine, unsigned 64 bit."""
+
+    request_id: int
+    input_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: StopRules
+    logprobs: bool = False
+    """Whether each token's log-probability (log-softmax of the raw logits) is wanted."""
+    top_n_tokens: int = 0
+    """Report the so many most likely tokens beside each token."""
+    prefill_logprobs: bool = False
+    adapter_id: str | None = None
+    cache_salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt."""
+    priority: int = 0
+    """Lower enters first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of a finished request."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, in order of generation. `top` is sorted, most likely first."""
+
+    request_id: int
+    token_id: int
+    logprob: float = NO_LOGPROB
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request's last event. Its final token, if any, came before as a `Token`."""
+
+    request_id: int
+    reason: FinishReason
+    usage: Usage
+    queue_s: float = 0.0
+    """Seconds from submission to the first step that ran it."""
+    prefill_logprobs: tuple[float, ...] = ()
+    """One per prompt token, the first `NO_LOGPROB`; empty unless asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request's last event, if it could not be finished. `error_type` is one of `errors.by_type`."""
+
+    request_id: int
+    error_type: str
+    message: str
+
+
+Event = Token | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvents:
+    """All events of one engine step: token columns of equal length, then endings.
+
+    Row i says that request ``request_ids[i]`` got ``token_ids[i]``. A request may own several rows (speculation), in
+    order of generation. Within one StepEvents every token precedes every ending.
+    """
+
+    request_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    """Row -> most likely tokens, only for rows whose request asked."""
+    finished: list[Finished] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.request_ids or self.finished or self.failed)
+
+    def events(self) -> Iterator[Event]:
+        """The same as single events, in order."""
+        for row, (request_id, token_id) in enumerate(zip(self.request_ids, self.token_ids, strict=True)):
+            yield Token(request_id, token_id, self.logprobs[row], self.top.get(row, ()))
+        yield from self.finished
+        yield from self.failed
+
+    @staticmethod
+    def pack(events: Iterable[Event]) -> StepEvents:
+        """Inverse of `events`."""
+        step = StepEvents()
+        for event in events:
+            match event:
+                case Token():
+                    if event.top:
+                        step.top[len(step.request_ids)] = event.top
+                    step.request_ids.append(event.request_id)
+                    step.token_ids.append(event.token_id)
+                    step.logprobs.append(event.logprob)
+                case Finished():
+                    step.finished.append(event)
+                case Failed():
+                    step.failed.append(event)
+        return step

@@ -1,0 +1,1 @@
+"""A Backend over gRPC: the protocol between HTTP workers and the engine host."""

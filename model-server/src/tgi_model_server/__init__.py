@@ -1,0 +1,1 @@
+"""Device-neutral PyTorch engine: one Backend for everything that runs torch."""

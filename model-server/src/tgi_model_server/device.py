@@ -1,0 +1,168 @@
+"""The Device protocol: the part of the PyTorch engine that differs per chip.
+
+Three levels. Level 1: `ops`, a table of operations; what a device leaves alone runs in `reference`. Level 2: the KV
+layout and `plan_attention`. Level 3: `buckets` and `capture`, for chips that replay graphs or compile ahead of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from tgi_model_server.step import AttentionPlan, StepInput, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFigures:
+    """Bytes of the memory that holds weights and KV."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of one layer's KV pool as this device's kernels want it.
+
+    "NHD": two tensors (keys, values) ``[num_pages, page_size, num_kv_heads, head_dim]``.
+    "HND": two tensors ``[num_pages, num_kv_heads, page_size, head_dim]``.
+    """
+
+    page_size: int
+    order: Literal["NHD", "HND"] = "NHD"
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A static step shape: at most `num_tokens` new tokens in `num_rows` rows."""
+
+    num_rows: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step the engine will ever ask for."""
+
+    max_rows: int
+    max_tokens: int
+    max_kv_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What attention of this model looks like on this rank, the same for all layers."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+
+class Ops(Protocol):
+    """The operations of a transformer step. Tensors are contiguous unless said; T is the number of new tokens.
+
+    A device subclasses `reference.ReferenceOps` and overrides what it does faster. Every override is tested against
+    the reference in float32 by DeviceContract.
+    """
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[T, in] x [out, in] (+ [out]) -> [T, out], accumulated in float32."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Zhang and Sennrich 2019 over the last dimension; statistics in float32, result in x's dtype."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual). May overwrite both inputs."""
+        ...
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate q [T, heads, head_dim] and k [T, kv_heads, head_dim] by cos, sin [T, rotary_dim / 2] (float32).
+
+        Halves convention (Llama in transformers): pairs are (i, i + rotary_dim / 2). Su et al. 2021.
+        """
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[T, 2n] -> silu(first half) * second half, [T, n]. Shazeer 2020 (SwiGLU)."""
+        ...
+
+    def write_kv(
+        self, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, plan: AttentionPlan
+    ) -> None:
+        """Store k, v [T, kv_heads, head_dim] of the new tokens in one layer's pools, in place."""
+        ...
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Causal attention of q [T, heads, head_dim] over each row's pages, after `write_kv`; [T, heads, head_dim].
+
+        Grouped queries: head h reads KV head ``h * kv_heads // heads``. `sliding_window` w lets a token see itself and
+        the w - 1 tokens before it.
+        """
+        ...
+
+
+Forward = Callable[[StepInput], torch.Tensor]
+"""StepInput -> float32 logits [sampled rows, vocabulary]."""
+
+
+class Device(Protocol):
+    """One kind of chip as the engine sees it. One instance per process."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    @property
+    def ops(self) -> Ops: ...
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Steps in flight: 1 where a step runs in the caller's thread, 2 where the host can plan ahead of the chip."""
+        ...
+
+    @property
+    def collective_backend(self) -> str:
+        """torch.distributed backend: ``gloo``, ``nccl``, ``xla``, ..."""
+        ...
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """The dtype to compute in when the user named none."""
+        ...
+
+    def memory(self) -> MemoryFigures: ...
+
+    def kv_layout(self, shape: AttentionShape) -> KVLayout: ...
+
+    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> AttentionPlan:
+        """Everything that `write_kv` and `attention` of every layer need for this step, moved to the device once."""
+        ...
+
+    def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
+        """Static shapes to compile or capture at start; empty where shapes may vary freely."""
+        ...
+
+    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
+        """`forward` made fast for `bucket`; an eager device returns it as it is."""
+        ...

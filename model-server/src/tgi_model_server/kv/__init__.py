@@ -1,0 +1,1 @@
+"""KV cache: pages, their pool of tensors, and the prefix tree over them."""

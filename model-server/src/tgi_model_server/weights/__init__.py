@@ -1,0 +1,1 @@
+"""Loading: safetensors to parameters."""
