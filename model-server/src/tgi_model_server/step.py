@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
 from tgi_gateway.types import Request
 
 PREVIOUS_TOKEN = -1
