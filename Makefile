@@ -1,0 +1,60 @@
+# Plain commands. `make serve` and `make test` need python3, make and gcc, and set up the rest in .venv by themselves.
+
+PYTHON ?= python3
+PORT ?= 3000
+ARGS ?=
+CONSTRAINTS := docker/constraints/cpu.txt
+DISTRIBUTIONS := gateway model-server backends/cpu demo-model
+DEV_DISTRIBUTIONS := $(DISTRIBUTIONS) contract-tests
+SOURCES := gateway/src model-server/src backends/cpu/src contract-tests/src demo-model/src
+PIP := .venv/bin/python -m pip
+MANIFESTS := $(CONSTRAINTS) pyproject.toml $(addsuffix /pyproject.toml,$(DEV_DISTRIBUTIONS))
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format contract bench proto clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/pip: $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet "pip>=25.1,<27"
+	@touch $@
+
+.venv/serve: .venv/pip $(MANIFESTS)
+	@echo "Installing the gateway, the CPU engine and the demo model into .venv (some minutes the first time)"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) $(addprefix --editable ./,$(DISTRIBUTIONS))
+	@touch $@
+
+.venv/dev: .venv/serve
+	@echo "Installing the development tools into .venv"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --group dev $(addprefix --editable ./,$(DEV_DISTRIBUTIONS))
+	@touch $@
+
+serve: .venv/serve ## Start the gateway on the CPU with the demo model; make serve PORT=3000 ARGS="--model-id DIR"
+	@exec .venv/bin/tgi-gateway --port $(PORT) $(ARGS)
+
+test: .venv/dev ## Run all tests that need no accelerator; make test ARGS="-k words"
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/dev ## Check style, types and the arrows between the packages
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy $(SOURCES)
+	.venv/bin/mypy $(wildcard */tests backends/*/tests tests) bench demo-model/*.py
+	.venv/bin/lint-imports
+
+format: .venv/dev ## Format the code and mend what can be mended by a tool
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+contract: .venv/dev ## Run the contract against the CPU backend
+	.venv/bin/tgi-contract cpu
+
+bench: .venv/dev ## Measure the gateway and the prefix cache on this machine
+	.venv/bin/python bench/gateway.py
+	.venv/bin/python bench/prefix.py
+
+clean: ## Remove what the other targets made
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
