@@ -1,0 +1,106 @@
+"""The clients people use, unchanged, against a running server with the demo model."""
+
+from __future__ import annotations
+
+import warnings
+
+import httpx
+import openai
+import pytest
+from huggingface_hub import InferenceClient
+from openai.types.chat import ChatCompletionMessageParam
+from servers import Server
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its pydantic models are of an older style
+    from text_generation import AsyncClient, Client
+
+QUESTION: ChatCompletionMessageParam = {"role": "user", "content": "What is the capital of France?"}
+
+
+def test_openai_chat_answers_whole(demo_server: Server) -> None:
+    with openai.OpenAI(base_url=f"{demo_server.url}/v1", api_key="unused") as client:
+        answer = client.chat.completions.create(model="tgi", messages=[QUESTION], max_tokens=40)
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_openai_chat_streams_the_same_text_as_it_answers_whole(demo_server: Server) -> None:
+    with openai.OpenAI(base_url=f"{demo_server.url}/v1", api_key="unused") as client:
+        whole = client.chat.completions.create(model="tgi", messages=[QUESTION], max_tokens=40)
+        stream = client.chat.completions.create(
+            model="tgi",
+            messages=[QUESTION],
+            max_tokens=40,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage == whole.usage
+
+
+def test_openai_completions_answer_each_prompt_at_its_index(demo_server: Server) -> None:
+    prompts = ["The capital of France is", "Once upon a time"]
+    with openai.OpenAI(base_url=f"{demo_server.url}/v1", api_key="unused") as client:
+        together = client.completions.create(model="tgi", prompt=prompts, max_tokens=12, temperature=0)
+        alone = [client.completions.create(model="tgi", prompt=one, max_tokens=12, temperature=0) for one in prompts]
+    assert [choice.index for choice in together.choices] == [0, 1]
+    assert [choice.text for choice in together.choices] == [one.choices[0].text for one in alone]
+
+
+def test_openai_lists_the_model(demo_server: Server) -> None:
+    with openai.OpenAI(base_url=f"{demo_server.url}/v1", api_key="unused") as client:
+        models = client.models.list().data
+    assert [model.id for model in models] == [httpx.get(f"{demo_server.url}/info").json()["model_id"]]
+
+
+def test_openai_reads_our_validation_error(demo_server: Server) -> None:
+    with (
+        openai.OpenAI(base_url=f"{demo_server.url}/v1", api_key="unused", max_retries=0) as client,
+        pytest.raises(openai.UnprocessableEntityError, match="max_new_tokens"),
+    ):
+        client.chat.completions.create(model="tgi", messages=[QUESTION], max_tokens=10_000_000)
+
+
+def test_inference_client_generates_with_details_and_streams(demo_server: Server) -> None:
+    client = InferenceClient(base_url=demo_server.url)
+    whole = client.text_generation("The capital of France is", max_new_tokens=12, details=True)
+    stream = list(client.text_generation("The capital of France is", max_new_tokens=12, details=True, stream=True))
+    assert whole.details is not None
+    assert [event.token.id for event in stream] == [token.id for token in whole.details.tokens]
+    assert stream[-1].generated_text == whole.generated_text
+    assert stream[-1].details is not None
+    assert stream[-1].details.finish_reason == whole.details.finish_reason
+
+
+def test_inference_client_chats(demo_server: Server) -> None:
+    client = InferenceClient(base_url=demo_server.url)
+    answer = client.chat_completion([dict(QUESTION)], max_tokens=40)
+    stream = client.chat_completion([dict(QUESTION)], max_tokens=40, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert text == answer.choices[0].message.content
+
+
+def test_text_generation_client_generates_and_streams(demo_server: Server) -> None:
+    client = Client(demo_server.url)
+    whole = client.generate("The capital of France is", max_new_tokens=12)
+    stream = list(client.generate_stream("The capital of France is", max_new_tokens=12))
+    assert whole.details is not None
+    assert stream[-1].generated_text == whole.generated_text
+    assert len(stream) == whole.details.generated_tokens
+
+
+async def test_text_generation_async_client_keeps_seeds(demo_server: Server) -> None:
+    client = AsyncClient(demo_server.url)
+    ask = {"max_new_tokens": 20, "do_sample": True, "temperature": 1.5, "seed": 7}
+    first = await client.generate("Once upon a time", **ask)
+    second = await client.generate("Once upon a time", **ask)
+    assert first.generated_text == second.generated_text
+    assert first.details is not None
+    assert first.details.seed == 7
