@@ -68,7 +68,10 @@ def _load(point: importlib.metadata.EntryPoint) -> BackendPlugin:
         hooks.register(point.load(), name=point.name)
         hooks.check_pending()
         plugin = hooks.hook.tgi_backend()
-    except Exception as error:  # a foreign module may raise anything at import; every case gets the same way out
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a foreign module may raise anything at import; every case gets the same way out
         raise PluginError(
             f"backend `{point.name}` (distribution {distribution}) cannot be loaded: {type(error).__name__}: {error}. "
             f"Reinstall it: {pip_command(point.name, distribution)}"
