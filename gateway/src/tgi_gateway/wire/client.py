@@ -135,7 +135,7 @@ class RemoteBackend:
         if self._channel is None or not self._attached:
             raise Unhealthy("The engine is not available")
         probe = self._channel.unary_unary(
-            HEALTH,
+            f"/{SERVICE}/{HEALTH}",
             request_serializer=pb.HealthRequest.SerializeToString,
             response_deserializer=pb.HealthReply.FromString,
         )
