@@ -63,6 +63,8 @@ class Capacity:
     total_kv_tokens: int
     free_kv_tokens: int
     """Counting cached but unreferenced pages as free."""
+    preemptions: int = 0
+    """How often since its start the engine took a running sequence's pages away, to compute them again later."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,8 @@ class Generation:
         self.text_parts: list[str] = []
         """Text of the answer so far without special tokens; joined it is `generated_text`."""
         self.generated_tokens = 0
+        self.gaps_s: list[float] = []
+        """Seconds between consecutive tokens; 0.0 between those of one step."""
         self.reason: FinishReason | None = None
         self.finished: Finished | None = None
         self.started_at = time.perf_counter()
@@ -132,6 +134,8 @@ class Generation:
             return  # generated while our cancel after a stop string was on its way
         if self.generated_tokens == 0:
             self.first_token_at = now
+        else:
+            self.gaps_s.append(now - self.last_token_at)
         self.last_token_at = now
         self.generated_tokens += 1
         special = self._special.get(token_id)

@@ -55,6 +55,8 @@ class StepReport:
     """Tokens of requests that already had one."""
     stats: HostStats
     """After the step."""
+    failures: int = 0
+    """Requests that failed."""
 
 
 class HostObserver(Protocol):
@@ -344,7 +346,7 @@ class Dispatch:
             if self._observer is not None:
                 decodes = len(events.request_ids) - prefills
                 with self._observer_lock:
-                    self._observer.stepped(StepReport(duration_s, prefills, decodes, stats))
+                    self._observer.stepped(StepReport(duration_s, prefills, decodes, stats, len(events.failed)))
         if waiting:
             self._admit()
 
