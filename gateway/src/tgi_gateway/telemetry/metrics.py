@@ -1,0 +1,393 @@
+"""Prometheus metrics under TGI's names, and a few that TGI lacks.
+
+Several processes serve one port: with PROMETHEUS_MULTIPROC_DIR set, each keeps its values in files there and any HTTP
+worker tells the sum of all. `prometheus_client` reads the variable when it is imported, so it has to be in the
+environment before a process starts.
+
+Observations are tallied in plain lists and reach the registry once per scrape, or twice a second under several
+processes: a registry's own observe() would cost more than the rest of a token's way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.utils import floatToGoString
+
+from tgi_gateway.api.generation import Generation
+from tgi_gateway.backend import Capacity
+from tgi_gateway.host.dispatch import HostStats, StepReport
+
+DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FLUSH_S = 0.5
+_SAMPLE_CAPACITY_S = 0.5
+
+DURATIONS: tuple[float, ...] = tuple(0.0001 * 1.5**k for k in range(1, 36))
+"""Upper bounds in seconds, 0.15 ms to 146 s."""
+BATCH_SIZES: tuple[float, ...] = tuple(float(size) for size in range(1, 1025))
+SKIPPED: tuple[float, ...] = tuple(float(count) for count in range(17))
+
+
+def linear(limit: int) -> tuple[float, ...]:
+    """Hundred equal buckets up to `limit`."""
+    return tuple(round(limit / 100 * step, 6) for step in range(1, 101))
+
+
+def prepare_directory(path: Path) -> None:
+    """Make the folder of shared values, empty of an earlier run's; before any process with the variable starts."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for file in path.glob("*.db"):
+        file.unlink()
+
+
+def forget_process(pid: int) -> None:
+    """Drop the gauges of a process that has died; what it counted stays counted."""
+    if os.environ.get(DIRECTORY_VARIABLE):
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+class Tally:
+    """Observations on their way to a histogram. Not thread-safe: its owner holds a lock."""
+
+    __slots__ = ("_bounds", "_counts", "_histogram", "_sum")
+
+    def __init__(self, histogram: Histogram, bounds: Sequence[float]) -> None:
+        self._histogram = histogram
+        self._bounds = list(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def extend(self, values: Iterable[float]) -> None:
+        counts, bounds = self._counts, self._bounds
+        total = 0.0
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            total += value
+        self._sum += total
+
+    def flush(self) -> None:
+        if not any(self._counts):
+            return
+        for index, count in enumerate(self._counts):
+            if count:
+                # observe() takes one value at a time and searches its bucket from the first on.
+                self._histogram._buckets[index].inc(count)
+                self._counts[index] = 0
+        self._histogram._sum.inc(self._sum)
+        self._sum = 0.0
+
+
+class Metrics:
+    """The registry of one process. Metrics are made by `RequestMetrics` and `HostMetrics`, once each."""
+
+    def __init__(self) -> None:
+        self._directory = os.environ.get(DIRECTORY_VARIABLE)
+        self._registry = None if self._directory else CollectorRegistry()
+        self._flushes: list[Callable[[], None]] = []
+
+    @property
+    def shared(self) -> bool:
+        """Whether several processes' values are told together."""
+        return self._directory is not None
+
+    def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self._registry)
+
+    def gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self._registry, multiprocess_mode="livemostrecent")
+
+    def histogram(self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(name, text, labels, registry=self._registry, buckets=bounds)
+
+    def tally(self, name: str, text: str, bounds: Sequence[float]) -> Tally:
+        return Tally(self.histogram(name, text, bounds), bounds)
+
+    def on_render(self, flush: Callable[[], None]) -> None:
+        self._flushes.append(flush)
+
+    def render(self) -> bytes:
+        """All metrics of all processes in the text format; from any thread."""
+        for flush in self._flushes:
+            flush()
+        registry = self._registry
+        if registry is None:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, self._directory)  # type: ignore[no-untyped-call]
+        return b"".join(_exposition(metric) for metric in sorted(registry.collect(), key=lambda metric: metric.name))
+
+
+def _exposition(metric: Metric) -> bytes:
+    """One metric as text. `prometheus_client` would add ``_total`` to counters, whose names are TGI's here."""
+    name = metric.name
+    lines = [f"# HELP {name} {metric.documentation}", f"# TYPE {name} {metric.type}"]
+    for sample in metric.samples:
+        if sample.name.endswith("_created"):
+            continue
+        sample_name = name if metric.type == "counter" else sample.name
+        labels = ",".join(f'{key}="{_escaped(value)}"' for key, value in sorted(sample.labels.items()))
+        braces = f"{{{labels}}}" if labels else ""
+        lines.append(f"{sample_name}{braces} {floatToGoString(sample.value)}")  # type: ignore[no-untyped-call]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+class RequestMetrics:
+    """What an HTTP worker counts. From any thread; reaches other processes within `FLUSH_S` in a running event loop."""
+
+    def __init__(self, metrics: Metrics, *, max_input_tokens: int, max_total_tokens: int) -> None:
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._flush_due = False
+        self._count = metrics.counter("tgi_request_count", "Requests to a generating route")
+        self._success = metrics.counter("tgi_request_success", "Finished generations")
+        self._failure = metrics.counter("tgi_request_failure", "Requests that ended without their answer", ["err"])
+        self._prompt_tokens = metrics.counter("tgi_prompt_tokens", "Prompt tokens of finished generations")
+        self._cached_tokens = metrics.counter(
+            "tgi_prefix_cache_hit_tokens", "Prompt tokens of finished generations that came from the prefix cache"
+        )
+        self._tallies: list[Tally] = []
+        self._duration = self._tally("duration", "From arrival to the last token, in seconds", DURATIONS)
+        self._validation = self._tally("validation_duration", "From arrival to the queue, in seconds", DURATIONS)
+        self._queue = self._tally("queue_duration", "From the queue to the first step, in seconds", DURATIONS)
+        self._inference = self._tally("inference_duration", "From the first step to the end, in seconds", DURATIONS)
+        self._per_token = self._tally(
+            "mean_time_per_token_duration", "Inference duration by generated tokens, in seconds", DURATIONS
+        )
+        self._first_token = self._tally(
+            "first_token_duration", "From arrival to the first token, in seconds", DURATIONS
+        )
+        self._inter_token = self._tally(
+            "inter_token_duration", "Between two tokens of a generation, in seconds", DURATIONS
+        )
+        self._generated = self._tally("generated_tokens", "Tokens per generation", linear(max_total_tokens))
+        self._input_length = self._tally("input_length", "Prompt tokens per generation", linear(max_input_tokens))
+        self._max_new_tokens = self._tally(
+            "max_new_tokens", "Tokens that a generation may have", linear(max_total_tokens)
+        )
+        self._skipped = self._tally("skipped_tokens", "Tokens beyond the first that one step gave a request", SKIPPED)
+        metrics.on_render(self.flush)
+
+    def _tally(self, name: str, text: str, bounds: Sequence[float]) -> Tally:
+        tally = self._metrics.tally(f"tgi_request_{name}", text, bounds)
+        self._tallies.append(tally)
+        return tally
+
+    def count(self) -> None:
+        self._count.inc()
+
+    def failure(self, err: str) -> None:
+        """`err`: overloaded, validation, template, incomplete, dropped or generation."""
+        self._failure.labels(err).inc()
+
+    def success(self, generation: Generation, arrived_at: float) -> None:
+        """A generation has ended well; `arrived_at` is its request's time.perf_counter()."""
+        request, finished = generation.request, generation.finished
+        total_s = generation.ended_at - arrived_at
+        validation_s = generation.started_at - arrived_at
+        self._success.inc()
+        self._prompt_tokens.inc(len(request.input_ids))
+        if finished is not None and finished.usage.cached_tokens:
+            self._cached_tokens.inc(finished.usage.cached_tokens)
+        with self._lock:
+            self._duration.add(total_s)
+            self._validation.add(validation_s)
+            if finished is not None:  # a stop string ends a generation before the engine knows
+                inference_s = max(total_s - validation_s - finished.queue_s, 0.0)
+                self._queue.add(finished.queue_s)
+                self._inference.add(inference_s)
+                self._per_token.add(inference_s / max(generation.generated_tokens, 1))
+            self._generated.add(generation.generated_tokens)
+            self._input_length.add(len(request.input_ids))
+            self._max_new_tokens.add(request.stop.max_new_tokens)
+            if generation.generated_tokens:
+                self._first_token.add(generation.first_token_at - arrived_at)
+        self.inter_token(generation.gaps_s)
+
+    def inter_token(self, gaps_s: Sequence[float]) -> None:
+        """Seconds between the tokens of one generation; 0.0 between tokens of the same step."""
+        with self._lock:
+            self._inter_token.extend(gaps_s)
+            together = 0
+            for gap_s in gaps_s:
+                if gap_s:
+                    self._skipped.add(together)
+                    together = 0
+                else:
+                    together += 1
+            self._skipped.add(together)
+        self._flush_soon()
+
+    def exposition(self) -> tuple[bytes, str]:
+        """(what /metrics answers, its content type); from any thread."""
+        return self._metrics.render(), CONTENT_TYPE
+
+    def flush(self) -> None:
+        """Hand the tallies to the registry."""
+        with self._lock:
+            self._flush_due = False
+            for tally in self._tallies:
+                tally.flush()
+
+    def _flush_soon(self) -> None:
+        if self._flush_due or not self._metrics.shared:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.flush()
+            return
+        self._flush_due = True
+        loop.call_later(FLUSH_S, self.flush)
+
+
+class HostMetrics:
+    """What the engine host counts; `host.dispatch.HostObserver`."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        max_batch_total_tokens: int,
+        capacity: Callable[[], Capacity],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`capacity` is the engine's; it is asked at most twice a second."""
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._capacity = capacity
+        self._flushed_at = self._sampled_at = -1e9
+        self._preempted_before = 0
+        self._stats = HostStats(0, 0, 0)
+        self._queue_size = metrics.gauge("tgi_queue_size", "Requests that wait for the engine")
+        self._batch_size = metrics.gauge("tgi_batch_current_size", "Requests in the engine")
+        self._batch_tokens = metrics.gauge("tgi_batch_current_max_tokens", "Tokens of the requests in the engine")
+        maximum = metrics.gauge(
+            "tgi_batch_max_total_tokens", "Tokens that the requests in the engine may have together"
+        )
+        maximum.set(max_batch_total_tokens)
+        self._kv_used = metrics.gauge("tgi_kv_cache_used_tokens", "Tokens in the KV cache that running requests hold")
+        self._kv_total = metrics.gauge("tgi_kv_cache_capacity_tokens", "Tokens that the KV cache can hold")
+        self._preemptions = metrics.counter("tgi_preemptions", "Sequences that lost their KV pages and started anew")
+        self._generated = metrics.counter("tgi_generated_tokens", "Tokens that the engine has generated")
+        self._next_size = metrics.tally("tgi_batch_next_size", "Requests that entered the engine together", BATCH_SIZES)
+        by_method = ["method"]
+        counts = metrics.counter("tgi_batch_inference_count", "Steps of the engine", by_method)
+        successes = metrics.counter("tgi_batch_inference_success", "Steps without a failed request", by_method)
+        failures = metrics.counter("tgi_batch_inference_failure", "Steps in which requests failed", by_method)
+        durations = metrics.histogram("tgi_batch_inference_duration", "Seconds per step", DURATIONS, by_method)
+        forwards = metrics.histogram(
+            "tgi_batch_forward_duration",
+            "Seconds per step as the host sees it; the engine's own work between two steps runs beside the model",
+            DURATIONS,
+            by_method,
+        )
+        self._methods = {
+            method: _Method(
+                counts.labels(method),
+                successes.labels(method),
+                failures.labels(method),
+                Tally(durations.labels(method), DURATIONS),
+                Tally(forwards.labels(method), DURATIONS),
+            )
+            for method in ("prefill", "decode")
+        }
+        self._pending_tokens = 0
+        metrics.on_render(self.flush)
+        self.flush()
+
+    def queued(self, stats: HostStats) -> None:
+        with self._lock:
+            self._stats = stats
+            self._queue_size.set(stats.queue_size)
+
+    def admitted(self, requests: int, stats: HostStats) -> None:
+        with self._lock:
+            self._stats = stats
+            self._next_size.add(requests)
+            self._set_gauges()
+
+    def stepped(self, report: StepReport) -> None:
+        now = self._clock()
+        with self._lock:
+            self._stats = report.stats
+            self._methods["prefill" if report.prefills else "decode"].add(report.duration_s, report.failures)
+            self._pending_tokens += report.prefills + report.decodes
+            # An idle engine has no later step that would bring the last values out.
+            if self._metrics.shared and (now - self._flushed_at >= FLUSH_S or not report.stats.running):
+                self._flush(now)
+
+    def flush(self) -> None:
+        """Hand everything to the registry."""
+        with self._lock:
+            self._flush(self._clock())
+
+    def _flush(self, now: float) -> None:
+        self._flushed_at = now
+        self._set_gauges()
+        self._generated.inc(self._pending_tokens)
+        self._pending_tokens = 0
+        self._next_size.flush()
+        for method in self._methods.values():
+            method.flush()
+        if now - self._sampled_at >= _SAMPLE_CAPACITY_S or not self._stats.running:
+            self._sampled_at = now
+            self._sample_capacity()
+
+    def _set_gauges(self) -> None:
+        self._queue_size.set(self._stats.queue_size)
+        self._batch_size.set(self._stats.running)
+        self._batch_tokens.set(self._stats.batch_tokens)
+
+    def _sample_capacity(self) -> None:
+        capacity = self._capacity()
+        self._kv_total.set(capacity.total_kv_tokens)
+        self._kv_used.set(capacity.total_kv_tokens - capacity.free_kv_tokens)
+        self._preemptions.inc(max(capacity.preemptions - self._preempted_before, 0))
+        self._preempted_before = capacity.preemptions
+
+
+class _Method:
+    """Steps that brought first tokens, or those that did not."""
+
+    __slots__ = ("_counts", "_durations", "_failed", "_pending")
+
+    def __init__(self, count: Counter, success: Counter, failure: Counter, *durations: Tally) -> None:
+        self._counts = (count, success, failure)
+        self._durations = durations
+        self._pending = self._failed = 0
+
+    def add(self, duration_s: float, failures: int) -> None:
+        self._pending += 1
+        if failures:
+            self._failed += 1
+        else:
+            for tally in self._durations:
+                tally.add(duration_s)
+
+    def flush(self) -> None:
+        if self._pending:
+            for counter, steps in zip(
+                self._counts, (self._pending, self._pending - self._failed, self._failed), strict=True
+            ):
+                counter.inc(steps)
+            self._pending = self._failed = 0
+            for tally in self._durations:
+                tally.flush()
