@@ -1,0 +1,351 @@
+"""Request bodies: what clients may send, read under a size limit and rejected in TGI's words."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import UNSET, Meta, Struct
+from starlette.requests import Request
+
+from tgi_gateway.api.errors import ClientGone, Rejection
+
+Body = TypeVar("Body", bound=Struct)
+
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+I32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+U64 = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
+"""Its upper bound lies beyond what msgspec checks; `_check_u64` does."""
+
+
+def _check_u64(name: str, value: int | None) -> None:
+    if value is not None and value >= 2**64:
+        raise ValueError(f"Expected `{name}` < 2**64")
+
+
+class GrammarBody(Struct, kw_only=True):
+    """A constraint on the generated text. TGI's form keeps it in `value`, OpenAI's in `json_schema`."""
+
+    type: Annotated[
+        Literal["json", "json_object", "regex", "json_schema", "text"], Meta(description="Kind of constraint.")
+    ]
+    value: Annotated[Any, Meta(description="JSON schema (object or text), or regular expression.")] = UNSET
+    json_schema: Annotated[
+        dict[str, Any] | None, Meta(description="OpenAI's form: an object with `schema`, optionally `name`.")
+    ] = None
+
+
+class ParametersBody(Struct, kw_only=True):
+    """How to generate. Everything may be left out."""
+
+    best_of: Annotated[
+        U32 | None, Meta(description="Generate so many answers and return the one with the best mean log-probability.")
+    ] = None
+    temperature: Annotated[
+        float | None, Meta(description="Above 0. The logits are divided by it; a value other than 1 turns sampling on.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, Meta(description="Above 0; 1 is neutral. See https://arxiv.org/abs/1909.05858.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, Meta(description="-2 to 2. Subtracted from a token's logit for each time it was generated.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, Meta(description="-2 to 2. Subtracted once from the logit of a token that was generated.")
+    ] = None
+    top_k: Annotated[I32 | None, Meta(description="Above 0. Draw from the so many most likely tokens.")] = None
+    top_p: Annotated[
+        float | None, Meta(description="Between 0 and 1. Draw from the fewest tokens whose share reaches it.")
+    ] = None
+    min_p: Annotated[
+        float | None, Meta(description="0 to 1. Drop tokens less likely than this share of the most likely one.")
+    ] = None
+    typical_p: Annotated[
+        float | None, Meta(description="Between 0 and 1. Typical decoding, https://arxiv.org/abs/2202.00666.")
+    ] = None
+    do_sample: Annotated[bool, Meta(description="Draw tokens, instead of taking the most likely one.")] = False
+    max_new_tokens: Annotated[
+        U32 | None, Meta(description="Generate at most so many tokens; null: as many as the server allows.")
+    ] = None
+    min_new_tokens: Annotated[U32 | None, Meta(description="Do not end before so many tokens.")] = None
+    ignore_eos: Annotated[bool, Meta(description="Go on after an end-of-sequence token.")] = False
+    return_full_text: Annotated[bool | None, Meta(description="Put the prompt before the generated text.")] = None
+    stop: Annotated[
+        list[str], Meta(description="Stop when one of these is generated; the match stays in the text.")
+    ] = []
+    truncate: Annotated[U32 | None, Meta(description="Keep only the last so many tokens of the prompt.")] = None
+    watermark: Annotated[bool, Meta(description="Mark the text, https://arxiv.org/abs/2301.10226.")] = False
+    details: Annotated[bool, Meta(description="Tell how the generation went, token by token.")] = False
+    decoder_input_details: Annotated[
+        bool, Meta(description="Also tell the prompt's tokens with log-probabilities; implies `details`.")
+    ] = False
+    seed: Annotated[U64 | None, Meta(description="Seed of the draws; null: a random one.")] = None
+    top_n_tokens: Annotated[U32 | None, Meta(description="Tell the so many most likely tokens at each step.")] = None
+    grammar: Annotated[GrammarBody | None, Meta(description="A constraint on the generated text.")] = None
+    adapter_id: Annotated[str | None, Meta(description="LoRA adapter to use.")] = None
+
+    def __post_init__(self) -> None:
+        _check_u64("seed", self.seed)
+        if self.grammar is not None and (self.grammar.value is UNSET or self.grammar.type == "text"):
+            raise ValueError("`grammar` needs a `type` of json, regex or json_schema, and a `value`")
+
+
+class GenerateBody(Struct, kw_only=True):
+    """Body of the native routes."""
+
+    inputs: Annotated[str, Meta(description="The prompt.", examples=["My name is Olivier and I"])]
+    parameters: ParametersBody = msgspec.field(default_factory=ParametersBody)
+
+
+class CompatGenerateBody(GenerateBody, kw_only=True):
+    """Body of `POST /`."""
+
+    stream: Annotated[bool, Meta(description="Answer with a stream of events.")] = False
+
+
+class ImageUrl(Struct):
+    url: str
+
+
+class TextPart(Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ImagePart(Struct, tag_field="type", tag="image_url"):
+    image_url: ImageUrl
+
+
+class CalledFunction(Struct, kw_only=True):
+    name: str
+    description: str | None = None
+    arguments: Any = UNSET
+    parameters: Any = UNSET
+
+    def __post_init__(self) -> None:
+        if self.arguments is UNSET and self.parameters is UNSET:
+            raise ValueError("a called function needs `arguments`")
+
+
+class ToolCall(Struct, kw_only=True):
+    function: CalledFunction
+    id: str = ""
+    type: str = "function"
+
+
+class Message(Struct, kw_only=True):
+    """One turn of a chat."""
+
+    role: Annotated[str, Meta(description="system, user, assistant or tool.", examples=["user"])]
+    content: str | list[TextPart | ImagePart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message needs `content` or `tool_calls`")
+
+
+class FunctionDefinition(Struct, kw_only=True):
+    name: str
+    description: str | None = None
+    parameters: Any = UNSET
+    arguments: Any = UNSET
+
+
+class Tool(Struct, kw_only=True):
+    function: FunctionDefinition
+    type: str = "function"
+
+
+class NamedFunction(Struct):
+    name: str
+
+
+class NamedTool(Struct, kw_only=True):
+    function: NamedFunction
+    type: str = "function"
+
+
+class StreamOptions(Struct, kw_only=True):
+    include_usage: Annotated[bool | None, Meta(description="Send one more event with the token counts.")] = False
+
+
+class SamplingBody(Struct, kw_only=True):
+    """What the two OpenAI routes share. Null always means: not given."""
+
+    model: Annotated[str | None, Meta(description="Served model, one of its adapters, or `tgi`.")] = None
+    max_tokens: Annotated[
+        U32 | None, Meta(description="Generate at most so many tokens; null: as many as the server allows.")
+    ] = None
+    temperature: Annotated[float | None, Meta(description="0: take the most likely token. Default 1.")] = None
+    top_p: Annotated[float | None, Meta(description="Draw from the fewest tokens whose share reaches it; 1: off.")] = (
+        None
+    )
+    top_k: Annotated[I32 | None, Meta(description="Draw from the so many most likely tokens; 0 or -1: off.")] = None
+    min_p: Annotated[
+        float | None, Meta(description="0 to 1. Drop tokens less likely than this share of the most likely one.")
+    ] = None
+    frequency_penalty: Annotated[float | None, Meta(description="-2 to 2.")] = None
+    presence_penalty: Annotated[float | None, Meta(description="-2 to 2.")] = None
+    repetition_penalty: Annotated[float | None, Meta(description="Above 0; 1 is neutral.")] = None
+    logit_bias: Annotated[
+        dict[int, float] | None, Meta(description="Added to the logits of these token ids; -100 to 100.")
+    ] = None
+    stop: Annotated[str | list[str] | None, Meta(description="Stop before one of these would be generated.")] = None
+    stop_token_ids: Annotated[list[U32] | None, Meta(description="Stop at one of these tokens.")] = None
+    min_tokens: Annotated[U32 | None, Meta(description="Do not end before so many tokens.")] = None
+    ignore_eos: Annotated[bool | None, Meta(description="Go on after an end-of-sequence token.")] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-(2**63), extra_json_schema={"maximum": 2**64 - 1})] | None,
+        Meta(description="Seed of the draws; null: a random one."),
+    ] = None
+    n: Annotated[Annotated[int, Meta(ge=1, le=2**32 - 1)] | None, Meta(description="Independent answers.")] = None
+    stream: Annotated[bool | None, Meta(description="Answer with a stream of events.")] = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[str | None, Meta(description="Accepted; this server keeps no record of users.")] = None
+
+    def __post_init__(self) -> None:
+        _check_u64("seed", self.seed)
+
+
+class ChatBody(SamplingBody, kw_only=True):
+    """Body of `/v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: Annotated[U32 | None, Meta(description="Same as `max_tokens`.")] = None
+    logprobs: Annotated[bool | None, Meta(description="Tell each token's log-probability.")] = None
+    top_logprobs: Annotated[
+        U32 | None, Meta(description="Tell the so many most likely tokens at each step; implies `logprobs`.")
+    ] = None
+    response_format: Annotated[GrammarBody | None, Meta(description="A constraint on the answer.")] = None
+    tools: Annotated[list[Tool] | None, Meta(description="Functions that the model may call.")] = None
+    tool_choice: Annotated[
+        str | NamedTool | None, Meta(description="`none`, `auto`, `required` or the function to call.")
+    ] = None
+    tool_prompt: Annotated[str | None, Meta(description="Put before the tools in the prompt.")] = None
+    modalities: Annotated[list[str] | None, Meta(description='Only `["text"]`.')] = None
+    audio: Annotated[Any, Meta(description="Refused: this server answers with text.")] = None
+    functions: Annotated[Any, Meta(description="Refused: use `tools`.")] = None
+    function_call: Annotated[Any, Meta(description="Refused: use `tool_choice`.")] = None
+    web_search_options: Annotated[Any, Meta(description="Refused: this server does not search.")] = None
+    reasoning_effort: Annotated[Any, Meta(description="Refused: no model of this server has it.")] = None
+    verbosity: Annotated[Any, Meta(description="Refused: no model of this server has it.")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("duplicate field `max_tokens`: it contradicts `max_completion_tokens`")
+
+
+class CompletionBody(SamplingBody, kw_only=True):
+    """Body of `/v1/completions`."""
+
+    prompt: Annotated[
+        str | list[str | U32 | list[U32]],
+        Meta(description="A text, token ids, or a list of either.", examples=["What is Deep Learning?"]),
+    ]
+    suffix: Annotated[str | None, Meta(description="Refused.")] = None
+    echo: Annotated[bool | None, Meta(description="Put the prompt before the generated text.")] = None
+    logprobs: Annotated[
+        U32 | None, Meta(description="Tell each token's log-probability and the so many most likely ones.")
+    ] = None
+    best_of: Annotated[U32 | None, Meta(description="Refused if it is not `n`.")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.prompt, list):
+            if not self.prompt:
+                raise ValueError("Empty array detected. Do not use an empty array for the prompt.")
+            if len({type(item) for item in self.prompt}) > 1:
+                raise ValueError("`prompt` mixes texts and token ids")
+
+
+_JSON_SUFFIX = "+json"
+
+
+def check_content_type(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith(_JSON_SUFFIX)):
+        raise Rejection(415, "Expected request with `Content-Type: application/json`")
+
+
+async def read(request: Request, limit: int) -> bytes:
+    """The body, given up as soon as it is longer than `limit` bytes. Raises `Rejection`, or `ClientGone`."""
+    too_long = Rejection(413, f"Failed to buffer the request body: length limit exceeded ({limit} bytes)")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > limit:
+        raise too_long
+    chunks: list[bytes] = []
+    size, receive = 0, request.receive
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise too_long
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+@cache
+def _decoder(kind: type[Body]) -> msgspec.json.Decoder[Body]:
+    return msgspec.json.Decoder(kind)
+
+
+def decode(raw: bytes, kind: type[Body], *, strict: bool = False) -> Body:
+    """The body as a `kind`. Raises `Rejection`: 400 for what is no JSON, 422 for what has the wrong shape."""
+    try:
+        body: Body = _decoder(kind).decode(raw)
+    except msgspec.ValidationError as error:
+        raise Rejection(422, f"Failed to deserialize the JSON body into the target type: {error}") from None
+    except msgspec.DecodeError as error:
+        raise Rejection(400, f"Failed to parse the request body as JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise Rejection(400, f"Failed to parse the request body as JSON: invalid UTF-8 ({error.reason})") from None
+    except RecursionError:
+        raise Rejection(400, "Failed to parse the request body as JSON: recursion limit exceeded") from None
+    if strict:
+        _refuse_unknown(msgspec.json.decode(raw), kind, "$")
+    return body
+
+
+def _refuse_unknown(value: object, kind: object, where: str) -> None:
+    """Raise `Rejection` for a key that no struct of `kind` knows; follows structs, lists and unions."""
+    if isinstance(value, list):
+        for place, item in enumerate(value):
+            for inner in get_args(kind):
+                _refuse_unknown(item, inner, f"{where}[{place}]")
+        return
+    if not isinstance(value, dict):
+        return
+    structs = _structs(kind, value)
+    if not structs:
+        return
+    known = {name: field for struct in structs for name, field in _fields(struct).items()}
+    for key, inner in value.items():
+        if key not in known:
+            raise Rejection(
+                422, f"Failed to deserialize the JSON body into the target type: unknown field `{key}` at `{where}`"
+            )
+        _refuse_unknown(inner, known[key], f"{where}.{key}")
+
+
+def _structs(kind: object, value: dict[str, object]) -> list[type[Struct]]:
+    if isinstance(kind, type) and issubclass(kind, Struct):
+        config = kind.__struct_config__
+        return [kind] if config.tag is None or value.get(str(config.tag_field)) == config.tag else []
+    return [struct for inner in get_args(kind) for struct in _structs(inner, value)]
+
+
+@cache
+def _fields(struct: type[Struct]) -> dict[str, object]:
+    fields: dict[str, object] = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
+    config = struct.__struct_config__
+    if config.tag_field is not None:
+        fields[config.tag_field] = str
+    return fields

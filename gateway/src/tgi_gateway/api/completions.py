@@ -1,0 +1,311 @@
+"""OpenAI's text completion route."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tgi_gateway.api import bodies
+from tgi_gateway.api.bodies import CompletionBody
+from tgi_gateway.api.chat import (
+    REASONS,
+    OpenAIReason,
+    PromptTokensDetails,
+    Usage,
+    cached_tokens,
+    choices_of,
+    new_id,
+    sampling_of,
+    usage_of,
+)
+from tgi_gateway.api.errors import OPENAI, SuffixUnsupported
+from tgi_gateway.api.generation import Generation, Piece
+from tgi_gateway.api.serving import (
+    FINGERPRINT,
+    Answer,
+    Call,
+    Services,
+    batches,
+    collect_all,
+    interleave,
+    quoted,
+)
+from tgi_gateway.api.stream import DONE, EventStream, unless_gone
+from tgi_gateway.errors import Unsupported
+from tgi_gateway.prompt import validate
+from tgi_gateway.prompt.tokenizer import Tokenizer
+from tgi_gateway.prompt.validate import Parameters, Valid
+
+
+class CompletionLogprobs(Struct, kw_only=True):
+    """`text_offset` counts characters from the start of the choice's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: OpenAIReason | None
+
+
+class Completion(Struct, kw_only=True):
+    object: Literal["text_completion"] = "text_completion"
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(Struct, kw_only=True):
+    """One event of a streamed completion. The last event of each choice has its `usage`, unless one of all follows."""
+
+    object: Literal["text_completion"] = "text_completion"
+    id: str
+    created: int
+    choices: list[CompletionChoice]
+    model: str
+    system_fingerprint: str
+    usage: Usage | UnsetType | None = UNSET
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to complete: a text, or token ids, with the text they stand for."""
+
+    text: str
+    inputs: str | Sequence[int]
+
+
+def prompts_of(tokenizer: Tokenizer, body: CompletionBody) -> list[Prompt]:
+    given = body.prompt
+    if isinstance(given, str):
+        return [Prompt(given, given)]
+    if isinstance(given[0], int):
+        return [_from_ids(tokenizer, [token_id for token_id in given if isinstance(token_id, int)])]
+    return [
+        Prompt(item, item) if isinstance(item, str) else _from_ids(tokenizer, item)
+        for item in given
+        if not isinstance(item, int)
+    ]
+
+
+def _from_ids(tokenizer: Tokenizer, ids: list[int]) -> Prompt:
+    return Prompt(tokenizer.decode(ids, skip_special_tokens=False), ids)
+
+
+def prompt_count(body: CompletionBody) -> int:
+    given = body.prompt
+    return 1 if isinstance(given, str) or isinstance(given[0], int) else len(given)
+
+
+def parameters_of(services: Services, body: CompletionBody) -> Parameters:
+    """Raises `Unsupported` for what cannot be honoured."""
+    if body.best_of not in (None, body.n or 1):
+        raise Unsupported("`best_of` other than `n` is not supported here; use /generate")
+    if body.echo and body.logprobs is not None:
+        raise Unsupported("`echo` with `logprobs` is not supported; use /generate with `decoder_input_details`")
+    return sampling_of(services, body, logprobs=body.logprobs is not None, top_logprobs=body.logprobs)
+
+
+async def completions(services: Services, request: Request, raw: bytes) -> Response:
+    body = bodies.decode(raw, CompletionBody, strict=services.settings.strict)
+    call = Call(services, "completions")
+    try:
+        if body.suffix is not None:
+            raise SuffixUnsupported
+        count = choices_of(services, body, prompt_count(body))
+        if body.stream:
+            return EventStream(
+                _events(services, body, call, count), OPENAI, call.headers, tail=DONE, failed=call.failed
+            )
+        prompts, answers = await unless_gone(request.receive, _answers(services, body, count))
+    except Exception as error:
+        call.failed(error)
+        raise
+    call.account(answers, sum(len(prompt.text) for prompt in prompts), elapsed=False)
+    repeats = body.n or 1
+    completion = Completion(
+        id=new_id("cmpl"),
+        created=int(time.time()),
+        model=services.info.model_id,
+        system_fingerprint=FINGERPRINT,
+        choices=[
+            CompletionChoice(
+                index=index,
+                text=(prompts[index // repeats].text if body.echo else "") + answer.generation.text,
+                logprobs=_logprobs(services.tokenizer, answer.pieces, body.logprobs),
+                finish_reason=REASONS[answer.generation.reason or "length"],
+            )
+            for index, answer in enumerate(answers)
+        ],
+        usage=_sum([usage_of(answers[start : start + repeats]) for start in range(0, len(answers), repeats)]),
+    )
+    return Response(msgspec.json.encode(completion), headers=call.headers, media_type="application/json")
+
+
+async def _prepare(services: Services, body: CompletionBody) -> tuple[list[Prompt], list[Valid]]:
+    parameters = parameters_of(services, body)
+    prompts = prompts_of(services.tokenizer, body)
+    valids: list[Valid] = []
+    for prompt in prompts:
+        valid = await validate.validate(prompt.inputs, parameters, services.limits, services.tokenizer)
+        valids += validate.copies(valid, body.n or 1, seeds_follow=True)
+    return prompts, valids
+
+
+async def _answers(services: Services, body: CompletionBody, count: int) -> tuple[list[Prompt], list[Answer]]:
+    with services.permits.hold(count):
+        prompts, valids = await _prepare(services, body)
+        return prompts, await collect_all(services, valids, keep_stop=False)
+
+
+async def _events(services: Services, body: CompletionBody, call: Call, count: int) -> AsyncGenerator[bytes, None]:
+    with services.permits.hold(count):
+        prompts, valids = await _prepare(services, body)
+        call.stream_headers(sum(len(prompt.text) for prompt in prompts))
+        repeats = body.n or 1
+        model = quoted(services.info.model_id)
+        opening = f'data: {{"object":"text_completion","id":{quoted(new_id("cmpl"))},"created":{int(time.time())},'
+        ending = f'"model":{model},"system_fingerprint":{quoted(FINGERPRINT)}'
+        used: list[Usage] = []
+        streams = [
+            _Choice(services, body, call, valid, prompts[index // repeats].text, index, opening, ending, used).events()
+            for index, valid in enumerate(valids)
+        ]
+        async for chunk in streams[0] if len(streams) == 1 else interleave(streams):
+            yield chunk
+        if _includes_usage(body):
+            # Choices of one prompt share its tokens.
+            shared = sum(len(valid.request.input_ids) for valid in valids[::repeats])
+            completion = sum(usage.completion_tokens for usage in used)
+            total = Usage(prompt_tokens=shared, completion_tokens=completion, total_tokens=shared + completion)
+            usage = msgspec.json.encode(total).decode()
+            yield f'{opening}"choices":[],{ending},"usage":{usage}}}\n\n'.encode()
+
+
+def _includes_usage(body: CompletionBody) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """One streamed choice: an event is `opening`, its choice and `ending`."""
+
+    services: Services
+    body: CompletionBody
+    call: Call
+    valid: Valid
+    prompt: str
+    index: int
+    opening: str
+    ending: str
+    used: list[Usage]
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        body, null_usage = self.body, ',"usage":null' if _includes_usage(self.body) else ""
+        opening = f'{self.opening}"choices":[{{"index":{self.index},"text":'
+        ending = f',"logprobs":null,"finish_reason":null}}],{self.ending}{null_usage}}}\n\n'
+        tokenizer, shown = self.services.tokenizer, 0
+        if body.echo:
+            first = f"{opening}{quoted(self.prompt)}{ending}"
+            shown = len(self.prompt)
+        else:
+            first = ""
+        async with self.services.open(self.valid, keep_stop=False) as generation:
+            async for batch in batches(generation, self.services.eos_token_ids):
+                parts = [first]
+                first = ""
+                pieces = batch.pieces
+                if batch.last:
+                    parts += self._last(generation, opening, pieces, batch.rest, shown)
+                elif body.logprobs is None:
+                    parts += [f"{opening}{quoted('' if piece.special else piece.text)}{ending}" for piece in pieces]
+                else:
+                    for piece in pieces:
+                        parts.append(self._with_logprobs(tokenizer, opening, piece, shown))
+                        shown += 0 if piece.special else len(piece.text)
+                yield "".join(parts).encode()
+
+    def _with_logprobs(
+        self, tokenizer: Tokenizer, opening: str, piece: Piece, shown: int, rest: str = "", tail: str = ""
+    ) -> str:
+        logprobs = msgspec.json.encode(_logprobs(tokenizer, [piece], self.body.logprobs, shown)).decode()
+        text = ("" if piece.special else piece.text) + rest
+        tail = tail or f'"finish_reason":null}}],{self.ending}{self._null_usage}}}\n\n'
+        return f'{opening}{quoted(text)},"logprobs":{logprobs},{tail}'
+
+    @property
+    def _null_usage(self) -> str:
+        return ',"usage":null' if _includes_usage(self.body) else ""
+
+    def _last(self, generation: Generation, opening: str, pieces: list[Piece], rest: str, shown: int) -> list[str]:
+        usage = _usage(generation)
+        self.used.append(usage)
+        self.call.succeeded(generation, self.valid.seed)
+        reason = quoted(REASONS[generation.reason or "length"])
+        told = self._null_usage or f',"usage":{msgspec.json.encode(usage).decode()}'
+        tail = f'"finish_reason":{reason}}}],{self.ending}{told}}}\n\n'
+        if not pieces:
+            return [f'{opening}{quoted(rest)},"logprobs":null,{tail}']
+        parts = []
+        tokenizer = self.services.tokenizer
+        for piece in pieces[:-1]:
+            parts.append(self._with_logprobs(tokenizer, opening, piece, shown))
+            shown += 0 if piece.special else len(piece.text)
+        parts.append(self._with_logprobs(tokenizer, opening, pieces[-1], shown, rest, tail))
+        return parts
+
+
+def _usage(generation: Generation) -> Usage:
+    prompt, generated = len(generation.request.input_ids), generation.generated_tokens
+    cached = cached_tokens(generation)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=generated,
+        total_tokens=prompt + generated,
+        prompt_tokens_details=UNSET if cached is None else PromptTokensDetails(cached),
+    )
+
+
+def _sum(usages: Sequence[Usage]) -> Usage:
+    cached = [usage.prompt_tokens_details for usage in usages]
+    known = [details.cached_tokens for details in cached if details is not UNSET]
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        total_tokens=sum(usage.total_tokens for usage in usages),
+        prompt_tokens_details=PromptTokensDetails(sum(known)) if len(known) == len(usages) else UNSET,
+    )
+
+
+def _logprobs(
+    tokenizer: Tokenizer, pieces: Sequence[Piece], wanted: int | None, offset: int = 0
+) -> CompletionLogprobs | None:
+    if wanted is None:
+        return None
+    offsets = []
+    for piece in pieces:
+        offsets.append(offset)
+        offset += 0 if piece.special else len(piece.text)
+    return CompletionLogprobs(
+        tokens=[piece.text for piece in pieces],
+        token_logprobs=[piece.logprob for piece in pieces],
+        top_logprobs=[{tokenizer.token_text(token_id): value for token_id, value in piece.top} for piece in pieces]
+        if wanted
+        else None,
+        text_offset=offsets,
+    )

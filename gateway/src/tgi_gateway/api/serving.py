@@ -1,0 +1,332 @@
+"""What every generating route shares: permits, opening and collecting generations, and the account of one call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from json.encoder import encode_basestring
+from typing import Protocol
+
+from tgi_gateway.api.errors import ClientGone, as_gateway_error, failure_label
+from tgi_gateway.api.generation import Generation, Generations, Piece
+from tgi_gateway.backend import Backend, ModelInfo
+from tgi_gateway.errors import GatewayError, IncompleteGeneration, Overloaded
+from tgi_gateway.prompt import stops, validate
+from tgi_gateway.prompt.chat_template import ChatTemplate
+from tgi_gateway.prompt.tokenizer import Tokenizer
+from tgi_gateway.prompt.validate import Limits, Valid
+from tgi_gateway.settings import Settings
+from tgi_gateway.telemetry import logs
+
+log = logging.getLogger("tgi_gateway.request")
+
+VERSION = version("tgi-gateway")
+FINGERPRINT = f"{VERSION}-native"
+
+
+class RequestMetrics(Protocol):
+    """Counts what happens to requests; `telemetry.metrics` has it."""
+
+    def count(self) -> None: ...
+
+    def success(self, generation: Generation, arrived_at: float) -> None: ...
+
+    def failure(self, err: str) -> None: ...
+
+    def exposition(self) -> tuple[bytes, str]:
+        """The Prometheus text of all processes, and its media type."""
+        ...
+
+
+class Permits:
+    """How many generations this worker holds at once; the engine host has the last word over all workers."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+
+    @property
+    def taken(self) -> int:
+        return self._taken
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        """Raises `Overloaded` at once when there are not enough: nobody waits."""
+        if self._taken + count > self._limit:
+            raise Overloaded
+        self._taken += count
+        try:
+            yield
+        finally:
+            self._taken -= count
+
+
+@dataclass
+class Services:
+    """Everything the routes work with. The backend has been started with ``generations.emit``."""
+
+    settings: Settings
+    info: ModelInfo
+    backend: Backend
+    generations: Generations
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    metrics: RequestMetrics
+    limits: Limits = field(init=False)
+    permits: Permits = field(init=False)
+    adapters: frozenset[str] = field(init=False)
+    compute_type: str = field(init=False)
+    eos_token_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limits = Limits.of(self.settings, self.info)
+        self.permits = Permits(self.settings.max_concurrent_requests)
+        self.adapters = frozenset(adapter.partition("=")[0] for adapter in self.settings.lora_adapters)
+        self.eos_token_ids = frozenset(self.info.eos_token_ids)
+        self.compute_type = f"{self.settings.num_shard or 1}-{self.info.device or 'unknown'}"
+
+    def open(self, valid: Valid, *, keep_stop: bool) -> Generation:
+        """Submit it. Raises `Unsupported` for what the engine lacks."""
+        request = replace(valid.request, request_id=self.generations.next_id())
+        matcher = stops.matcher(request.stop.stop_strings, keep_stop)
+        decoder = self.tokenizer.decoder(request.input_ids)
+        return self.generations.open(request, decoder, matcher, self.tokenizer.special_texts)
+
+
+@dataclass(slots=True)
+class Answer:
+    """A finished generation."""
+
+    valid: Valid
+    generation: Generation
+    pieces: list[Piece]
+
+    @property
+    def mean_logprob(self) -> float:
+        return validate.mean_logprob([piece.logprob for piece in self.pieces])
+
+
+async def collect(services: Services, valid: Valid, *, keep_stop: bool) -> Answer:
+    """Generate to the end."""
+    pieces: list[Piece] = []
+    async with services.open(valid, keep_stop=keep_stop) as generation:
+        while batch := await generation.next():
+            pieces += batch
+    refuse_cancelled(generation)
+    return Answer(valid, generation, pieces)
+
+
+async def collect_all(services: Services, valids: Sequence[Valid], *, keep_stop: bool) -> list[Answer]:
+    """Generate side by side; the first failure ends all."""
+    if len(valids) == 1:
+        return [await collect(services, valids[0], keep_stop=keep_stop)]
+    tasks = [asyncio.create_task(collect(services, valid, keep_stop=keep_stop)) for valid in valids]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def refuse_cancelled(generation: Generation) -> None:
+    """An answer that the engine cut short, e.g. because it stops, is no answer."""
+    if generation.reason == "cancelled":
+        raise IncompleteGeneration
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tokens that arrived together. With `last`, `rest` is text that no piece carries."""
+
+    pieces: list[Piece]
+    last: bool
+    rest: str = ""
+
+
+async def batches(generation: Generation, eos_token_ids: frozenset[int]) -> AsyncGenerator[Batch, None]:
+    """The generation in batches, of which exactly the last has ``last``.
+
+    An engine may send a token in one step and the news that it was the last in the next. So a token that can be the
+    last waits for what follows it; others are passed on at once.
+    """
+    stop = generation.request.stop
+    ending = eos_token_ids | frozenset(stop.stop_token_ids)
+    seen = shown = 0
+    while True:
+        pieces = await generation.next()
+        if generation.reason is None:
+            seen += len(pieces)
+            if seen < stop.max_new_tokens and pieces[-1].token_id not in ending:
+                for piece in pieces:
+                    if not piece.special:
+                        shown += len(piece.text)
+                yield Batch(pieces, False)
+                continue
+            following = await generation.next()
+            pieces = pieces + following
+            if generation.reason is None:
+                seen += len(following)
+                shown += sum(len(piece.text) for piece in pieces if not piece.special)
+                yield Batch(pieces, False)
+                continue
+        refuse_cancelled(generation)
+        shown += sum(len(piece.text) for piece in pieces if not piece.special)
+        yield Batch(pieces, True, generation.text[shown:])
+        return
+
+
+async def interleave(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:
+    """Chunks of several streams as they come. The first failure ends all."""
+    queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(maxsize=2 * len(streams))
+
+    async def pump(stream: AsyncGenerator[bytes, None]) -> None:
+        try:
+            async for chunk in stream:
+                await queue.put(chunk)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+        finally:
+            await stream.aclose()
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    open_streams = len(streams)
+    try:
+        while open_streams:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                open_streams -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one generation."""
+
+    total: float
+    validation: float
+    """From the request's arrival to its submission."""
+    queue: float
+    inference: float
+    per_token: float
+
+    @staticmethod
+    def of(generation: Generation, arrived_at: float) -> Times:
+        total = generation.ended_at - arrived_at
+        validation = generation.started_at - arrived_at
+        queue = generation.finished.queue_s if generation.finished is not None else 0.0
+        inference = max(total - validation - queue, 0.0)
+        return Times(total, validation, queue, inference, inference / max(generation.generated_tokens, 1))
+
+
+@dataclass(slots=True)
+class Call:
+    """One HTTP request to a generating route: when it came, what is told about it afterwards."""
+
+    services: Services
+    route: str
+    arrived_at: float = field(default_factory=time.perf_counter)
+    headers: MutableMapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.headers["x-compute-type"] = self.services.compute_type
+        self.services.metrics.count()
+
+    def stream_headers(self, characters: int) -> None:
+        self.headers["x-compute-characters"] = str(characters)
+        self.headers["x-accel-buffering"] = "no"
+        self.headers["cache-control"] = "no-cache"
+
+    def succeeded(self, generation: Generation, seed: int | None) -> Times:
+        """Account for a finished generation, in metrics and log."""
+        times = Times.of(generation, self.arrived_at)
+        self.services.metrics.success(generation, self.arrived_at)
+        if log.isEnabledFor(logging.INFO):
+            told = logs.span(
+                self.route,
+                total_time=duration(times.total),
+                validation_time=duration(times.validation),
+                queue_time=duration(times.queue),
+                inference_time=duration(times.inference),
+                time_per_token=duration(times.per_token),
+                seed=seed,
+                input_tokens=len(generation.request.input_ids),
+                generated_tokens=generation.generated_tokens,
+                finish_reason=generation.reason,
+            )
+            log.info("Success", extra=told)
+        return times
+
+    def failed(self, error: Exception) -> None:
+        """Account for a request that ended without its answer."""
+        if isinstance(error, ClientGone):
+            self.services.metrics.failure("dropped")
+            log.info("Client hung up", extra=logs.span(self.route))
+            return
+        known = as_gateway_error(error)
+        label = failure_label(known)
+        if label is not None:
+            self.services.metrics.failure(label)
+        log.log(level_of(known), "%s", known, extra=logs.span(self.route, error_type=known.error_type))
+
+    def account(self, answers: Sequence[Answer], characters: int, *, elapsed: bool = True) -> None:
+        """Record finished answers and fill the response headers with their sums."""
+        all_times = [self.succeeded(answer.generation, answer.valid.seed) for answer in answers]
+        headers = self.headers
+        if elapsed:
+            headers["x-compute-time"] = repr(all_times[0].total)
+        headers["x-compute-characters"] = str(characters)
+        for name, values in (
+            ("total", [times.total for times in all_times]),
+            ("validation", [times.validation for times in all_times]),
+            ("queue", [times.queue for times in all_times]),
+            ("inference", [times.inference for times in all_times]),
+        ):
+            headers[f"x-{name}-time"] = _milliseconds(sum(values))
+        headers["x-time-per-token"] = _milliseconds(sum(times.per_token for times in all_times))
+        headers["x-prompt-tokens"] = str(sum(len(answer.valid.request.input_ids) for answer in answers))
+        headers["x-generated-tokens"] = str(sum(answer.generation.generated_tokens for answer in answers))
+
+
+def level_of(error: GatewayError) -> int:
+    """A client's mistake is no error of the server."""
+    return logging.ERROR if error.status in (424, 500, 503) else logging.INFO
+
+
+def duration(seconds: float) -> str:
+    """As TGI logs it: ``12.3ms``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1.0:
+            return f"{seconds * scale:.6g}{unit}"
+    return f"{seconds * 1e9:.0f}ns"
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1e3))
+
+
+def number(value: float) -> str:
+    """A JSON number; null for what has none."""
+    return repr(value) if math.isfinite(value) else "null"
+
+
+def quoted(text: str) -> str:
+    """A JSON string of which no reader, however it splits lines, takes a part for a line's end."""
+    literal = encode_basestring(text)
+    if literal.isascii():
+        return literal
+    return literal.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")

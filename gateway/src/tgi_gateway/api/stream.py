@@ -1,0 +1,157 @@
+"""An answer as a stream of events: bare ASGI, an honest status line, an end as soon as the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from typing import TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from tgi_gateway.api.errors import ClientGone, Dialect, as_gateway_error, error_response
+
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 15.0
+"""After so long a silence a comment is sent, so that proxies keep the connection."""
+_KEEP_ALIVE = b":\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(document: object) -> bytes:
+    """One event of the stream."""
+    return b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`; cancels it and raises `ClientGone` once the client has hung up.
+
+    The request's body must have been read.
+    """
+    mine = asyncio.current_task()
+    assert mine is not None
+    gone = False
+
+    async def listen() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        mine.cancel()
+
+    listener = asyncio.create_task(listen())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone and mine.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        listener.cancel()
+
+
+class EventStream(Response):
+    """Sends what `chunks` yields, each chunk being one or more whole events.
+
+    Nothing is sent before the first chunk is there: an error until then has its own HTTP status. Later it is the
+    stream's last event. `headers` may be filled in until the first chunk. `failed` is told of an error; of the client's
+    hanging up as `ClientGone`.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        dialect: Dialect,
+        headers: MutableMapping[str, str],
+        *,
+        tail: bytes = b"",
+        failed: Callable[[Exception], None] = lambda _: None,
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
+        super().__init__(headers={"content-type": "text/event-stream"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._dialect = dialect
+        self._extra = headers
+        self._tail = tail
+        self._failed = failed
+        self._keep_alive_s = keep_alive_s
+        self._started = False
+        self._busy = False
+        """A chunk is being sent."""
+        self._beat: asyncio.Task[None] | None = None
+        """A keep-alive is being sent."""
+        self._quiet_since = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        self._quiet_since = loop.time()
+        alive = loop.call_later(self._keep_alive_s, self._tick, loop, send)
+        self._timer = alive
+        try:
+            await unless_gone(receive, self._run(scope, receive, send))
+        except ClientGone as gone:
+            self._failed(gone)
+        finally:
+            self._timer.cancel()
+            if self._beat is not None:
+                self._beat.cancel()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        try:
+            async for chunk in self._chunks:
+                if self._beat is not None:
+                    await self._beat
+                self._busy = True
+                if not self._started:
+                    await self._start(send)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._busy = False
+                self._quiet_since = clock()
+        except Exception as error:
+            self._busy = True
+            self._failed(error)
+            known = as_gateway_error(error)
+            if not self._started:
+                await error_response(known, self._dialect)(scope, receive, send)
+                return
+            await self._close(send, event(self._dialect.event(known)))
+        else:
+            self._busy = True
+            await self._close(send, b"")
+        finally:
+            await self._chunks.aclose()
+
+    async def _start(self, send: Send) -> None:
+        self._started = True
+        for name, value in self._extra.items():
+            self.headers[name] = value
+        start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await send(start)
+
+    async def _close(self, send: Send, last: bytes) -> None:
+        if self._beat is not None:
+            await self._beat
+        if not self._started:
+            await self._start(send)
+        await send({"type": "http.response.body", "body": last + self._tail, "more_body": False})
+
+    def _tick(self, loop: asyncio.AbstractEventLoop, send: Send) -> None:
+        quiet_s = loop.time() - self._quiet_since
+        if quiet_s >= self._keep_alive_s:
+            if not self._busy:
+                self._beat = loop.create_task(self._send_beat(send))
+            quiet_s = 0.0
+            self._quiet_since = loop.time()
+        self._timer = loop.call_later(self._keep_alive_s - quiet_s, self._tick, loop, send)
+
+    async def _send_beat(self, send: Send) -> None:
+        try:
+            if not self._started:
+                await self._start(send)
+            await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+        finally:
+            self._beat = None
