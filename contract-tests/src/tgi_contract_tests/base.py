@@ -1,0 +1,197 @@
+"""What every group of backend tests shares: how the backend is made, and requests that fit it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from tgi_contract_tests.engine import Answer, Engine
+from tgi_contract_tests.rules import Rule, broken, demand
+from tgi_gateway import plugins
+from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, Feature
+from tgi_gateway.errors import PluginError
+from tgi_gateway.types import Request, SamplingParams, StopRules
+
+_ids = itertools.count(1)
+_engines: dict[type, Engine] = {}
+"""The running engine of the class under test: starting one may take a minute, so that tests share it."""
+
+
+class ContractBase:
+    """Set `backend` to the name of an installed plug-in, or override `make`."""
+
+    backend: ClassVar[str | None] = None
+    """Name of the plug-in, as in ``--backend NAME``."""
+    model: ClassVar[Path | None] = None
+    """Folder (or file) of the model."""
+    model_id: ClassVar[str] = "contract"
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Fields of EngineOptions, over the small sizes that the contract asks for."""
+    patience_s: ClassVar[float] = 60.0
+    """How long an engine may make no progress, start-up included, before the test fails."""
+    tokens_after_cancel: ClassVar[int] = 4
+    """Steps that may be under way when a cancel arrives."""
+    end_prompt: ClassVar[tuple[int, ...] | None] = None
+    """A prompt that the model answers with end-of-sequence within 32 tokens; found by trial if None."""
+    logprobs_depend_on_tokens_only: ClassVar[bool] = True
+    """False for toys whose next token depends on where the prompt ended, not on the tokens before it alone."""
+    known_failures: ClassVar[Mapping[str, str]] = {}
+    """Test name -> reason. Those tests must fail (strict xfail), so that the list cannot grow old."""
+
+    def make(self) -> Backend:
+        """A new backend, not started."""
+        return self.plugin().create(self.engine_options())
+
+    def kill(self, backend: Backend) -> None:  # noqa: ARG002
+        """Override to make a running engine die as it would on a device error."""
+        pytest.skip("the class under test does not say how to kill its engine: override `kill`")
+
+    def plugin(self) -> BackendPlugin:
+        if self.backend is None:
+            pytest.skip("the class under test names no installed plug-in: set `backend`")
+        try:
+            plugin = plugins.load(self.backend)
+        except PluginError as error:
+            broken("lifecycle", f"the plug-in cannot be loaded: {error}")
+        if (missing := plugin.missing()) is not None:
+            pytest.skip(f"this machine cannot run `{self.backend}`: {missing}")
+        return plugin
+
+    def engine_options(self) -> EngineOptions:
+        """Small limits, so that tests can reach them."""
+        sizes: dict[str, Any] = {"max_total_tokens": 256, "max_batch_size": 4, "max_batch_total_tokens": 1024}
+        sizes |= self.options
+        model = self.model if self.model is not None else Path()
+        return EngineOptions(model_path=model, model_id=self.model_id, **sizes)
+
+    # Engines.
+
+    @pytest.fixture
+    def engine(self) -> Engine:
+        """The shared engine, running and idle; a new one if an earlier test left it otherwise."""
+        engine = _engines.get(type(self))
+        if engine is None or not engine.is_clean:
+            if engine is not None:
+                del _engines[type(self)]
+                close(engine)
+            engine = Engine(self.make(), self.patience_s)
+            _engines[type(self)] = engine
+            engine.start()
+        return engine
+
+    @pytest.fixture
+    def own_engine(self) -> Iterator[Engine]:
+        """A running engine for a test that stops or breaks it."""
+        engine = Engine(self.make(), self.patience_s)
+        engine.start()
+        yield engine
+        close(engine)
+
+    @pytest.fixture(autouse=True)
+    def _declared_features_only(self, request: pytest.FixtureRequest) -> None:
+        marker = request.node.get_closest_marker("needs")
+        if marker is None:
+            return
+        capabilities = self.capabilities()
+        for need in marker.args:
+            if need in ("batching", "prefix_cache"):
+                declared = bool(getattr(capabilities, need))
+            else:
+                declared = need in capabilities.features
+            if not declared:
+                pytest.skip(f"not declared: `{need}`")
+
+    def capabilities(self) -> Capabilities:
+        engine = _engines.get(type(self))
+        return (engine.backend if engine is not None else self.make()).capabilities
+
+    def declares(self, feature: Feature) -> bool:
+        return feature in self.capabilities().features
+
+    # Requests.
+
+    def prompt(self, engine: Engine, length: int = 8, seed: int = 0) -> tuple[int, ...]:
+        """Tokens of the vocabulary, none of which ends a sequence."""
+        model = engine.model
+        choices = random.Random(f"{seed} {length}")
+        tokens = (choices.randrange(model.vocab_size) for _ in itertools.count())
+        return tuple(itertools.islice((token for token in tokens if token not in model.eos_token_ids), length))
+
+    def request(
+        self,
+        prompt: tuple[int, ...],
+        max_new_tokens: int = 8,
+        sampling: SamplingParams | None = None,
+        **changes: Any,
+    ) -> Request:
+        """A greedy request of fixed length, as far as the engine can ignore end-of-sequence."""
+        stop = StopRules(max_new_tokens, ignore_eos=self.declares("ignore_eos"))
+        sampling = sampling or SamplingParams()
+        logprobs = self.declares("logprobs")
+        return replace(Request(next(_ids), prompt, sampling, stop, logprobs=logprobs), **changes)
+
+    def again(self, request: Request, **changes: Any) -> Request:
+        """The same request under a new id."""
+        return replace(request, request_id=next(_ids), **changes)
+
+    def long_request(self, engine: Engine, seed: int = 0) -> Request:
+        """As many tokens as the engine allows: enough to be cancelled half-way."""
+        prompt = self.prompt(engine, 8, seed)
+        return self.request(prompt, engine.model.max_total_tokens - len(prompt))
+
+    def check_served(self, answer: Answer, rule: Rule) -> None:
+        """It finished by its own rules, whole."""
+        ending, wanted = answer.ending, answer.request.stop.max_new_tokens
+        whole = ending.__class__.__name__ == "Finished" and (
+            len(answer.tokens) == wanted or getattr(ending, "reason", "") == "eos_token"
+        )
+        demand(
+            whole,
+            rule,
+            f"request {answer.request.request_id} of {len(answer.request.input_ids)} + {wanted} tokens "
+            f"got {len(answer.tokens)} tokens and ended in {ending}",
+        )
+
+    def check_same(self, one: Answer, other: Answer, rule: Rule, what: str) -> None:
+        """Same tokens; within `Capabilities.tolerance`, once the engine says that it is not batch-invariant."""
+        capabilities = self.capabilities()
+        allowed = capabilities.tolerance
+        for at, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
+            gap = abs(a.logprob - b.logprob)
+            comparable = not (math.isnan(a.logprob) or math.isnan(b.logprob))
+            if a.token_id != b.token_id:
+                excused = not capabilities.batch_invariant and (not comparable or gap <= allowed)
+                demand(excused, rule, f"{what}: token {at} is {a.token_id} once and {b.token_id} the other time")
+                return  # from here on they answer different texts
+            demand(
+                not comparable or gap <= allowed,
+                rule,
+                f"{what}: the log-probability of token {at} differs by {gap:.3g}; declared tolerance is {allowed:g}",
+            )
+        demand(
+            len(one.tokens) == len(other.tokens),
+            rule,
+            f"{what}: {len(one.tokens)} tokens once, {len(other.tokens)} the other time",
+        )
+
+
+def close(engine: Engine) -> None:
+    """Stop and end it, whatever state a test left it in."""
+    # A backend that cannot stop is reported by the tests of `stop`; here the next test must be able to go on.
+    with suppress(Exception, pytest.fail.Exception):
+        engine.stop(0.0)
+        engine.close()
+
+
+def close_all() -> None:
+    """At the end of the run."""
+    while _engines:
+        close(_engines.popitem()[1])

@@ -1,0 +1,244 @@
+"""A backend under test: runs in an event loop of its own thread, every event on record, every wait bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from tgi_contract_tests.rules import Rule, broken, demand
+from tgi_gateway.backend import Backend, Capacity, ModelInfo
+from tgi_gateway.errors import Unhealthy
+from tgi_gateway.types import Event, Failed, Finished, Request, StepEvents, Token
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """What came back for one request."""
+
+    request: Request
+    tokens: list[Token] = field(default_factory=list)
+    endings: list[Finished | Failed] = field(default_factory=list)
+    late: list[Token] = field(default_factory=list)
+    """Tokens after the first ending."""
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.endings)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def ending(self) -> Finished | Failed:
+        return self.endings[0]
+
+    @property
+    def finished(self) -> Finished:
+        """The ending, which the rules demand to be no failure here."""
+        ending = self.ending
+        if isinstance(ending, Failed):
+            broken("one-ending", f"a request that should be served ended in {ending}")
+        return ending
+
+
+class Engine:
+    """Give it a backend that was not started yet. Methods are called from the test's thread."""
+
+    def __init__(self, backend: Backend, patience_s: float) -> None:
+        self.backend = backend
+        self.patience_s = patience_s
+        self.answers: dict[int, Answer] = {}
+        self.steps: list[StepEvents] = []
+        self.strangers: list[Event] = []
+        """Events of requests that were never submitted."""
+        self.overlaps = 0
+        """Emits that began before the one before had returned."""
+        self.on_emit: Callable[[StepEvents], None] | None = None
+        self._model: ModelInfo | None = None
+        self._changed = threading.Condition()
+        self._emitting = threading.Lock()
+        self._open_gate = threading.Event()
+        self._open_gate.set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._turn, daemon=True, name="backend-under-test")
+        self._thread.start()
+
+    # Life.
+
+    def start(self) -> ModelInfo:
+        self._model = self.wait_for(self.backend.start(self._emit), "lifecycle", "start")
+        return self._model
+
+    @property
+    def model(self) -> ModelInfo:
+        assert self._model is not None, "start() comes first"
+        return self._model
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        self.wait_for(self.backend.stop(drain_s), "drain", f"stop({drain_s:g})", drain_s)
+
+    def close(self) -> None:
+        """After `stop`: end the event loop."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(self.patience_s)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def healthy(self) -> bool:
+        """Whether `health` returns; False if it raises Unhealthy."""
+        try:
+            self.wait_for(self.backend.health(), "health", "health")
+        except Unhealthy:
+            return False
+        return True
+
+    def wait_for(self, work: Awaitable[T], rule: Rule, name: str, extra_s: float = 0.0) -> T:
+        """Await in the backend's loop, but not for ever."""
+        future = asyncio.run_coroutine_threadsafe(_coroutine(work), self._loop)
+        try:
+            return future.result(self.patience_s + extra_s)
+        except TimeoutError:
+            future.cancel()
+            broken(rule, f"`{name}` did not return within {self.patience_s + extra_s:g} s")
+
+    # Requests.
+
+    def submit(self, request: Request) -> Answer:
+        answer = self.answers[request.request_id] = Answer(request)
+        self.call("submit", lambda: self.backend.submit(request))
+        return answer
+
+    def cancel(self, request_id: int) -> None:
+        self.call("cancel", lambda: self.backend.cancel(request_id))
+
+    def capacity(self) -> Capacity:
+        found: list[Capacity] = []
+        self.call("capacity", lambda: found.append(self.backend.capacity()))
+        return found[0]
+
+    def call(self, name: str, work: Callable[[], None]) -> None:
+        """Call a method that must return at once and raise nothing, from a thread of its own."""
+        raised: list[BaseException] = []
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=guarded, daemon=True, name=name)
+        thread.start()
+        thread.join(self.patience_s)
+        demand(not thread.is_alive(), "threads", f"`{name}` did not return within {self.patience_s:g} s")
+        demand(not raised, "threads", f"`{name}` raised {raised[0]!r}" if raised else "")
+
+    def run(self, *requests: Request) -> list[Answer]:
+        """Submit all, wait for all endings."""
+        answers = [self.submit(request) for request in requests]
+        self.wait_ended(*answers)
+        return answers
+
+    def run_one(self, request: Request) -> Answer:
+        return self.run(request)[0]
+
+    def wait_ended(self, *answers: Answer, rule: Rule = "one-ending") -> None:
+        def seen() -> str:
+            still_open = [answer.request.request_id for answer in answers if not answer.ended]
+            return f"{len(still_open)} of {len(answers)} requests did not end (ids {still_open[:8]})"
+
+        self.wait_until(lambda: all(answer.ended for answer in answers), rule, seen)
+
+    def wait_tokens(self, answer: Answer, n: int) -> None:
+        """Until it has `n` tokens or has ended."""
+        self.wait_until(
+            lambda: len(answer.tokens) >= n or answer.ended,
+            "one-ending",
+            lambda: f"request {answer.request.request_id} got {len(answer.tokens)} tokens and did not end",
+        )
+
+    def wait_until(self, condition: Callable[[], bool], rule: Rule, seen: Callable[[], str]) -> None:
+        """Until `condition` holds, looked at whenever an event arrives; patience begins again with each."""
+        with self._changed:
+            quiet_since, steps = time.monotonic(), len(self.steps)
+            while not condition():
+                if len(self.steps) != steps:
+                    quiet_since, steps = time.monotonic(), len(self.steps)
+                if time.monotonic() - quiet_since > self.patience_s:
+                    broken(rule, f"{seen()}, and no event came for {self.patience_s:g} s")
+                self._changed.wait(0.05)
+
+    def wait_whole(self, rule: Rule, after: str) -> None:
+        """Until `capacity` says that nothing is held."""
+        deadline = time.monotonic() + self.patience_s
+        while not self._is_whole():
+            demand(time.monotonic() < deadline, rule, f"{after}, `capacity` stays at {self.backend.capacity()}")
+            time.sleep(0.001)
+
+    @contextmanager
+    def held_emit(self) -> Iterator[None]:
+        """Inside, `emit` does not return: the gateway is busy."""
+        self._open_gate.clear()
+        try:
+            yield
+        finally:
+            self._open_gate.set()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the next test may use it: nothing open, nothing held, healthy."""
+        if not all(answer.ended for answer in self.answers.values()):
+            return False
+        deadline = time.monotonic() + min(1.0, self.patience_s)
+        while not self._is_whole():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return self.healthy()
+
+    def _is_whole(self) -> bool:
+        now = self.backend.capacity()
+        return now.free_sequences == now.max_sequences and now.free_kv_tokens == now.total_kv_tokens
+
+    # The backend's threads.
+
+    def _emit(self, step: StepEvents) -> None:
+        alone = self._emitting.acquire(blocking=False)
+        try:
+            self._open_gate.wait(self.patience_s)
+            with self._changed:
+                self.overlaps += not alone
+                self.steps.append(step)
+                for event in step.events():
+                    self._record(event)
+                self._changed.notify_all()
+            if self.on_emit is not None:
+                self.on_emit(step)
+        finally:
+            if alone:
+                self._emitting.release()
+
+    def _record(self, event: Event) -> None:
+        answer = self.answers.get(event.request_id)
+        match event:
+            case _ if answer is None:
+                self.strangers.append(event)
+            case Token():
+                (answer.late if answer.ended else answer.tokens).append(event)
+            case _:
+                answer.endings.append(event)
+
+    def _turn(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+
+async def _coroutine(work: Awaitable[T]) -> T:
+    return await work

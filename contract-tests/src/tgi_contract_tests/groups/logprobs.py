@@ -1,0 +1,81 @@
+"""Log-probabilities obey their identities, for generated tokens and for the prompt."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tgi_contract_tests.base import ContractBase
+from tgi_contract_tests.engine import Engine
+from tgi_contract_tests.rules import demand
+
+ROUNDING = 1e-3
+"""Of float32 sums, and of exp."""
+
+
+class Logprobs(ContractBase):
+    @pytest.mark.needs("logprobs")
+    def test_logprobs_are_at_most_zero(self, engine: Engine) -> None:
+        answer = engine.run_one(self.request(self.prompt(engine), 16, logprobs=True))
+        for token in answer.tokens:
+            demand(-math.inf < token.logprob <= ROUNDING, "logprobs", f"a log-probability is {token.logprob}")
+
+    @pytest.mark.needs("logprobs", "top_n_tokens")
+    def test_top_tokens_are_sorted_distinct_and_sum_to_at_most_one(self, engine: Engine) -> None:
+        n = min(5, self.capabilities().max_top_n_tokens)
+        answer = engine.run_one(self.request(self.prompt(engine), 16, logprobs=True, top_n_tokens=n))
+        for token in answer.tokens:
+            ids, logprobs = [each[0] for each in token.top], [each[1] for each in token.top]
+            demand(len(set(ids)) == n, "logprobs", f"top_n_tokens is {n}, but `top` is {token.top}")
+            demand(logprobs == sorted(logprobs, reverse=True), "logprobs", f"`top` is not sorted: {token.top}")
+            total = sum(map(math.exp, logprobs))
+            demand(total <= 1 + ROUNDING, "logprobs", f"probabilities of `top` add up to {total:.4f}: {token.top}")
+
+    @pytest.mark.needs("logprobs", "top_n_tokens")
+    def test_the_greedy_token_is_the_most_likely(self, engine: Engine) -> None:
+        answer = engine.run_one(self.request(self.prompt(engine), 16, logprobs=True, top_n_tokens=1))
+        for token in answer.tokens:
+            best = token.top[0] if token.top else None
+            demand(
+                best is not None and best[1] - token.logprob <= ROUNDING,
+                "logprobs",
+                f"greedy chose {token.token_id} at {token.logprob}, but the most likely token is {best}",
+            )
+            demand(
+                best is None or best[0] != token.token_id or abs(best[1] - token.logprob) <= ROUNDING,
+                "logprobs",
+                f"token {token.token_id} has log-probability {token.logprob}, and {best} in its own `top`",
+            )
+
+    @pytest.mark.needs("prefill_logprobs")
+    def test_prompt_logprobs_are_one_per_token(self, engine: Engine) -> None:
+        for length in (1, 2, engine.model.max_input_tokens):
+            # Twice: a prompt in the prefix cache needs its log-probabilities all the same.
+            for _ in range(2):
+                prompt = self.prompt(engine, length)
+                found = engine.run_one(self.request(prompt, 1, prefill_logprobs=True)).finished.prefill_logprobs
+                demand(len(found) == length, "logprobs", f"{len(found)} values for a prompt of {length} tokens")
+                demand(math.isnan(found[0]), "logprobs", f"the first token of a prompt has log-probability {found[0]}")
+                wrong = [value for value in found[1:] if not -math.inf < value <= ROUNDING]
+                demand(not wrong, "logprobs", f"log-probabilities of a prompt: {wrong[:4]}")
+
+    def test_prompt_logprobs_come_only_when_asked_for(self, engine: Engine) -> None:
+        found = engine.run_one(self.request(self.prompt(engine))).finished.prefill_logprobs
+        demand(found == (), "logprobs", f"nobody asked for prompt log-probabilities: {found[:4]}")
+
+    @pytest.mark.needs("logprobs", "prefill_logprobs")
+    def test_prompt_logprobs_repeat_those_of_generation(self, engine: Engine) -> None:
+        if not self.logprobs_depend_on_tokens_only:
+            pytest.skip("the class says that its next token depends on where the prompt ended")
+        written = engine.run_one(self.request(self.prompt(engine), 12, logprobs=True))
+        read = engine.run_one(
+            self.request((*written.request.input_ids, *written.ids), 1, prefill_logprobs=True)
+        ).finished.prefill_logprobs[-len(written.ids) :]
+        allowed = max(ROUNDING, self.capabilities().tolerance)
+        for at, (token, value) in enumerate(zip(written.tokens, read, strict=True)):
+            demand(
+                abs(token.logprob - value) <= allowed,
+                "logprobs",
+                f"token {at} had log-probability {token.logprob} when generated and {value} as part of a prompt",
+            )

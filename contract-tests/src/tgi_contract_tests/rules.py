@@ -1,0 +1,67 @@
+"""The rules of the contract: one sentence each. A failing test quotes its rule; docs/write-a-backend.md explains it."""
+
+from __future__ import annotations
+
+from typing import Literal, NoReturn
+
+import pytest
+
+Rule = Literal[
+    "lifecycle",
+    "one-ending",
+    "events",
+    "counts",
+    "limits",
+    "stop-rules",
+    "determinism",
+    "sampling",
+    "isolation",
+    "prefix-cache",
+    "cancel",
+    "capacity",
+    "overload",
+    "memory",
+    "refusal",
+    "health",
+    "logprobs",
+    "imports",
+    "threads",
+    "drain",
+]
+
+RULES: dict[Rule, str] = {
+    "lifecycle": "`start` returns a ModelInfo that makes sense, or raises StartError; `stop` may be called again",
+    "one-ending": "every submitted request ends in exactly one Finished or Failed, and nothing follows it",
+    "events": "`emit` gets well-formed steps, one at a time, that name only open requests",
+    "counts": "the Usage of a Finished agrees with the prompt and with the tokens that were emitted",
+    "limits": "what exceeds the limits in ModelInfo ends in Failed(validation); what just fits is served whole",
+    "stop-rules": "length comes first, then end-of-sequence and stop tokens, which are emitted and end in `eos_token`",
+    "determinism": "the same greedy request gives the same tokens each time",
+    "sampling": "a declared sampling parameter does what SamplingParams says; the same seed gives the same tokens",
+    "isolation": "neither the tokens nor the failure of a request depend on, or touch, who shares the batch",
+    "prefix-cache": "a warm prefix cache changes no token, is reported in `cached_tokens`, and keeps salts apart",
+    "cancel": "a cancelled request ends within one step and gives back what it held at once; unknown ids are ignored",
+    "capacity": "`capacity` agrees with ModelInfo, counts what runs, and is whole again when nothing is open",
+    "overload": "more requests than fit are kept waiting in the engine, never dropped",
+    "memory": "the KV tokens promised as `max_batch_total_tokens` can be used to the last one",
+    "refusal": "what is not declared in Capabilities is refused with Failed(validation), never ignored",
+    "health": "`health` returns while the engine can generate and raises Unhealthy when it cannot",
+    "logprobs": "log-probabilities are those of the model's own distribution: log-softmax of the raw logits",
+    "imports": "loading the plug-in imports no heavy runtime; that happens in `BackendPlugin.create` or in `start`",
+    "threads": "`submit`, `cancel` and `capacity` return at once, raise nothing, and may be called from any thread",
+    "drain": "`stop` lets open requests finish for `drain_s` seconds and fails the rest",
+}
+
+
+def broken(rule: Rule, seen: str) -> NoReturn:
+    """Fail the test: the rule, what was seen instead, where to read on."""
+    pytest.fail(
+        f"the contract demands: {RULES[rule]}\nseen: {seen}\nread: docs/write-a-backend.md, rule `{rule}`",
+        pytrace=False,
+    )
+
+
+def demand(kept: bool, rule: Rule, seen: str) -> None:
+    """Fail the test unless the rule was kept."""
+    if not kept:
+        broken(rule, seen)
