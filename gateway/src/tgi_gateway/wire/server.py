@@ -40,7 +40,7 @@ class _Attached:
         self.wake = asyncio.Event()
         self.closing: str | None = None
         """Why the stream must end once everything pending is sent; empty for a peaceful end."""
-        self.handler: asyncio.Task[Any] | None = None
+        self.writer: asyncio.Task[None] | None = None
 
     def close(self, reason: str) -> None:
         """In the event loop."""
@@ -50,9 +50,9 @@ class _Attached:
 
     def cut_off(self) -> None:
         """End the stream although a write of it hangs."""
-        log.warning("HTTP worker %d does not read: cut off, its requests are cancelled", self.index)
-        if self.handler is not None:
-            self.handler.cancel()
+        self.closing = "it does not read"
+        if self.writer is not None:
+            self.writer.cancel()
 
 
 class WireServer:
@@ -172,7 +172,6 @@ class WireServer:
             )
             return
         worker = _Attached(first.hello.worker)
-        worker.handler = asyncio.current_task()
         with self._lock:
             before = self._workers.get(worker.index)
             self._workers[worker.index] = worker
@@ -183,11 +182,16 @@ class WireServer:
             welcome = encode_welcome(self.info, self._backend.capabilities, self._backend.capacity())
             await context.write(pb.FromHost(welcome=welcome))
             reader = asyncio.create_task(self._read(worker, messages))
-            await self._write(worker, context)
+            worker.writer = asyncio.create_task(self._write(worker, context))
+            await asyncio.wait([worker.writer])
         finally:
-            if reader is not None:
-                reader.cancel()
+            for task in (reader, worker.writer):
+                if task is not None:
+                    task.cancel()
             self._detach(worker)
+        if not worker.writer.cancelled() and (error := worker.writer.exception()) is not None:
+            log.warning("writing to HTTP worker %d failed: %r", worker.index, error)
+            return
         if worker.closing:
             log.warning("HTTP worker %d is cut off: %s", worker.index, worker.closing)
             await context.abort(grpc.StatusCode.ABORTED, worker.closing)
