@@ -67,9 +67,9 @@ class Tally:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def add(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def extend(self, values: Iterable[float]) -> None:
         counts, bounds = self._counts, self._bounds
@@ -224,15 +224,21 @@ class RequestMetrics:
         """Seconds between the tokens of one generation; 0.0 between tokens of the same step."""
         with self._lock:
             self._inter_token.extend(gaps_s)
-            together = 0
-            for gap_s in gaps_s:
-                if gap_s:
-                    self._skipped.add(together)
-                    together = 0
-                else:
-                    together += 1
-            self._skipped.add(together)
+            if 0.0 in gaps_s:
+                self._add_skipped(gaps_s)
+            else:
+                self._skipped.add(0, len(gaps_s) + 1)
         self._flush_soon()
+
+    def _add_skipped(self, gaps_s: Sequence[float]) -> None:
+        together = 0
+        for gap_s in gaps_s:
+            if gap_s:
+                self._skipped.add(together)
+                together = 0
+            else:
+                together += 1
+        self._skipped.add(together)
 
     def exposition(self) -> tuple[bytes, str]:
         """(what /metrics answers, its content type); from any thread."""
