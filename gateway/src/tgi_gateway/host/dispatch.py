@@ -137,6 +137,10 @@ class Dispatch:
         self._recheck_task = asyncio.create_task(self._recheck())
         return self._model
 
+    def observe(self, observer: HostObserver) -> None:
+        """Tell `observer` from now on: for one that needs what `start` has found out."""
+        self._observer = observer
+
     def capacity(self) -> Capacity:
         return self._backend.capacity()
 
