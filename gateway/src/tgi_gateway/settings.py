@@ -399,6 +399,10 @@ _OPTIONS: dict[str, Option] = {
     for item in dataclasses.fields(Settings)
     if "option" in item.metadata
 }
+SECRET_VARIABLES: frozenset[str] = frozenset(
+    variable for option in _OPTIONS.values() if option.secret for variable in option.variables
+)
+"""Environment variables that child processes do not inherit."""
 _NGROK = "Tunnels are not part of this server: `--ngrok` is refused. Run a reverse proxy in front of --port."
 _ALIASES: dict[str, Option] = {
     option.name: option

@@ -12,7 +12,8 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as field_of
 from typing import Any, TextIO
 
 import msgspec
@@ -55,8 +56,8 @@ class Line:
     message: str
     target: str
     process: str = ""
-    span: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, Any] = field(default_factory=dict)
+    span: dict[str, Any] = field_of(default_factory=dict)
+    fields: dict[str, Any] = field_of(default_factory=dict)
     exception: str = ""
 
     @staticmethod
@@ -76,9 +77,14 @@ class Line:
         )
 
     @staticmethod
+    def now(message: str, target: str, *, process: str = "", fields: dict[str, Any] | None = None) -> Line:
+        """A line of level INFO that no logger made."""
+        return Line(_timestamp(time.time()), "INFO", message, target, process, fields=fields or {})
+
+    @staticmethod
     def raw(text: str, process: str) -> Line:
         """Something that a child printed without logging it."""
-        return Line(_timestamp(time.time()), "INFO", text, "stdout", process)
+        return Line.now(text, "stdout", process=process)
 
     def json(self) -> str:
         """One JSON object. Fields lie at the top level, where they may not hide the fixed keys."""
@@ -227,7 +233,9 @@ def _pairs(values: Mapping[str, object]) -> str:
 
 
 def _shown(value: object) -> str:
-    return msgspec.json.encode(value, enc_hook=str).decode() if isinstance(value, (str, dict, list)) else str(value)
+    return (
+        msgspec.json.encode(value, enc_hook=str).decode() if isinstance(value, (str, dict, list, tuple)) else str(value)
+    )
 
 
 def _one_line(text: str) -> str:

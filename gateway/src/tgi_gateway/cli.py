@@ -1,0 +1,170 @@
+"""The command `tgi-gateway`: serve, or one of a few small commands; errors without a traceback."""
+
+from __future__ import annotations
+
+# Only what costs nothing: everything else is imported inside `main`, where Ctrl-C is quiet.
+import os
+import sys
+from collections.abc import Sequence
+
+HELP = ("-h", "--help")
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        from tgi_gateway.errors import GatewayError, StartError
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except GatewayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has enough; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    match argv:
+        case ["--version" | "-V", *_]:
+            return _version()
+        case ["backends", *rest]:
+            return _backends(rest)
+        case ["doctor", *rest]:
+            return _doctor(rest)
+        case ["download", *rest]:
+            return _download(rest)
+        case ["serve", *rest]:
+            return _serve(rest)
+    return _serve(argv)
+
+
+def _version() -> int:
+    from importlib.metadata import version
+
+    print(f"tgi-gateway {version('tgi-gateway')}")
+    return 0
+
+
+def _serve(argv: list[str]) -> int:
+    from tgi_gateway.settings import Settings
+
+    settings = Settings.parse(argv, os.environ)
+    from tgi_gateway.launcher.supervisor import serve
+
+    return serve(settings)
+
+
+def _backends(argv: list[str]) -> int:
+    from tgi_gateway import plugins
+    from tgi_gateway.errors import SettingsError
+
+    if any(argument in HELP for argument in argv):
+        print("usage: tgi-gateway backends [--verbose]\n\nList the installed backends, without loading their runtimes.")
+        return 0
+    if set(argv) - {"-v", "--verbose"}:
+        raise SettingsError(f"`tgi-gateway backends` knows only --verbose, not {' '.join(argv)}")
+    found = plugins.installed()
+    rows = [("NAME", "VERSION", "DISTRIBUTION", "STATUS", "SUMMARY")]
+    for item in found:
+        status = (
+            "broken" if item.plugin is None else "ready" if _missing(item.plugin) is None else "not on this machine"
+        )
+        rows.append(
+            (
+                item.name,
+                item.version,
+                item.distribution,
+                status,
+                item.plugin.summary if item.plugin else "see --verbose",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+    if not found:
+        print(f"no backend is installed. Install one: {plugins.pip_command('cpu')}")
+    if argv:
+        for item in found:
+            print(f"\n{item.name}")
+            for line in _details(item):
+                print(f"  {line}")
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    from tgi_gateway import plugins
+    from tgi_gateway.errors import SettingsError
+
+    if not argv or argv[0] in HELP:
+        print(
+            "usage: tgi-gateway doctor NAME\n\nSay whether backend NAME can run on this machine, and what is missing."
+        )
+        return 0 if argv else 2
+    if len(argv) > 1:
+        raise SettingsError(f"`tgi-gateway doctor` takes one backend, got {' '.join(argv)}")
+    plugin = plugins.load(argv[0])
+    print(f"{plugin.name}: {plugin.summary}")
+    missing = _missing(plugin)
+    if missing is not None:
+        print(f"cannot run here: {missing}")
+        return 1
+    print("can run here")
+    return 0
+
+
+def _download(argv: list[str]) -> int:
+    if not argv or argv[0] in HELP:
+        print(
+            "usage: tgi-gateway download MODEL [--revision REVISION] [--huggingface-hub-cache PATH]\n\n"
+            "Fetch a model from the hub, or go on with a download that broke off, and print its folder.\n"
+            "Variables: HF_TOKEN for gated and private models, HF_ENDPOINT for another hub."
+        )
+        return 0 if argv else 2
+    from tgi_gateway import hub
+    from tgi_gateway.launcher.display import Display
+    from tgi_gateway.settings import Settings
+    from tgi_gateway.telemetry import logs
+
+    settings = Settings.parse(["--model-id", *argv], os.environ, flags_of=lambda _: ())
+    log = logs.configure(settings.log_level, json_output=settings.json_output, stream=sys.stderr)
+    with Display(log, stream=sys.stderr) as display:
+        folder = hub.resolve(settings, report=display.bytes(f"Downloading {settings.model_id}"))
+    print(folder)
+    return 0
+
+
+def _missing(plugin: object) -> str | None:
+    """What the plug-in says is missing here; a check that fails is an answer too."""
+    from tgi_gateway.backend import BackendPlugin
+
+    assert isinstance(plugin, BackendPlugin)
+    try:
+        return plugin.missing()
+    except Exception as error:  # third-party code that probes hardware
+        return f"its check failed: {type(error).__name__}: {error}"
+
+
+def _details(item: object) -> list[str]:
+    from tgi_gateway.plugins import Installed
+
+    assert isinstance(item, Installed)
+    if item.plugin is None:
+        return [item.problem or ""]
+    able = item.plugin.capabilities
+    return [
+        f"missing here: {_missing(item.plugin) or 'nothing'}",
+        f"features: {', '.join(sorted(able.features)) or 'none'}",
+        f"prefix cache: {'yes' if able.prefix_cache else 'no'}; batching: {'yes' if able.batching else 'no'}; "
+        f"top_n_tokens up to {able.max_top_n_tokens}; needs a model: {'yes' if item.plugin.needs_model else 'no'}",
+        *(f"flag: {flag.name} ({flag.help} Default: {flag.default})" for flag in item.plugin.flags),
+    ]

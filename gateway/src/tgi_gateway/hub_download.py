@@ -1,0 +1,299 @@
+"""Fetch a model into the hub's cache: only what is needed, resumable, with errors that name the next step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import glob
+import logging
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tgi_gateway.errors import ModelError
+from tgi_gateway.settings import Settings
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo as HubModel
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int, int], None]
+"""Called with (bytes that are here, bytes in all), a few times a second."""
+
+TRIES = 5
+FIRST_PAUSE_S = 1.0
+REPORT_EVERY_S = 0.25
+SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model")
+"""Everything an engine or tokenizer reads. No pickles: .bin, .pt and .pth stay where they are."""
+SKIPPED = ("consolidated", "arguments", "args", "training")
+"""Parts of names that mark a second copy of the weights, or what the training left behind."""
+TEMPLATES = "additional_chat_templates/"
+
+
+def download(settings: Settings, *, needs_weights: bool = True, report: Report | None = None) -> Path:
+    """Fetch the model into the hub's cache, or find it there. Broken transfers resume where they stopped.
+
+    Raises `ModelError`.
+    """
+    # Imported late: a server on a local folder needs none of it.
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    assert settings.model_id is not None, "the caller names the model"
+    place = _Place.of(settings)
+    with _explained(place):
+        if place.offline:
+            return _snapshot(place, None)
+        disable_progress_bars()
+        pause_s = FIRST_PAUSE_S
+        for left in reversed(range(TRIES)):
+            try:
+                found = huggingface_hub.HfApi(token=place.token).model_info(
+                    place.model_id, revision=place.revision, files_metadata=True
+                )
+                wanted = [file for file in _files(found) if needs_weights or not is_weights(file.name)]
+                _check_listing(place, wanted, needs_weights)
+                with _watched(place, wanted, report):
+                    return _snapshot(place, [file.name for file in wanted])
+            except _broken() as error:
+                if not _is_transient(error):
+                    raise
+                if (cached := _cached(place)) is not None:
+                    logger.warning("The hub does not answer (%s); using what is in the cache", type(error).__name__)
+                    return cached
+                if not left:
+                    raise
+                logger.warning(
+                    "The transfer broke (%s); going on in %g s, %d tries left", type(error).__name__, pause_s, left
+                )
+                time.sleep(pause_s)
+                pause_s *= 2
+    raise AssertionError("the last try returns or raises")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Which model, and how to get at it."""
+
+    model_id: str
+    revision: str | None
+    token: str | None
+    cache: Path
+    offline: bool
+
+    @staticmethod
+    def of(settings: Settings) -> _Place:
+        from huggingface_hub import constants
+
+        return _Place(
+            model_id=settings.model_id or "",
+            revision=settings.revision,
+            token=settings.hf_token,
+            cache=Path(settings.huggingface_hub_cache or constants.HF_HUB_CACHE).expanduser(),
+            offline=settings.hf_hub_offline,
+        )
+
+    @property
+    def blobs(self) -> Path:
+        """Where the hub's library keeps the files of this model, by their hash."""
+        return self.cache / f"models--{self.model_id.replace('/', '--')}" / "blobs"
+
+    def __str__(self) -> str:
+        return f"`{self.model_id}`" + (f" (revision {self.revision})" if self.revision else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    size: int
+    blob: str
+    """Name in the cache: the hash of the content."""
+
+
+def _snapshot(place: _Place, names: Iterable[str] | None) -> Path:
+    """The library's own download, of exactly the files in `names`; None: whatever is cached."""
+    import huggingface_hub
+
+    folder = huggingface_hub.snapshot_download(
+        place.model_id,
+        revision=place.revision,
+        cache_dir=str(place.cache),
+        token=place.token,
+        local_files_only=place.offline,
+        allow_patterns=None if names is None else [glob.escape(name) for name in names],
+    )
+    return Path(str(folder))
+
+
+def _cached(place: _Place) -> Path | None:
+    """The folder of an earlier download that was finished."""
+    from tgi_gateway.hub import check_folder
+
+    try:
+        folder = _snapshot(dataclasses.replace(place, offline=True), None)
+        check_folder(folder, needs_weights=True)
+    except (OSError, ValueError, ModelError):
+        return None
+    return folder
+
+
+def _files(found: HubModel) -> Iterator[_File]:
+    """The files worth having."""
+    for sibling in found.siblings or ():
+        name: str = sibling.rfilename
+        place, _, last = name.rpartition("/")
+        if place and f"{place}/" != TEMPLATES:
+            continue
+        if not name.endswith(SUFFIXES) or any(part in last for part in SKIPPED):
+            continue
+        blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        yield _File(name, sibling.size or 0, blob or "")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights that can be loaded."""
+    return name.endswith(".safetensors") and not any(part in name for part in SKIPPED)
+
+
+def _check_listing(place: _Place, files: list[_File], needs_weights: bool) -> None:
+    """Before gigabytes are fetched."""
+    names = {file.name for file in files}
+    needed = ["tokenizer.json", *(["config.json"] if needs_weights else [])]
+    missing = [name for name in needed if name not in names]
+    if needs_weights and not any(is_weights(name) for name in names):
+        missing.append("*.safetensors weights")
+    if missing:
+        raise ModelError(f"the hub's model {place} has no {', no '.join(missing)}. Choose another model or --revision")
+    absent = sum(file.size - _present(place, file) for file in files)
+    with contextlib.suppress(OSError):  # a folder that cannot be asked fails at its first write, with its own message
+        place.cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(place.cache).free
+        if absent > free:
+            raise ModelError(
+                f"{place} needs {absent / 1e9:.1f} GB more in {place.cache}, where {free / 1e9:.1f} GB are free. "
+                "Make room, or choose another folder with --huggingface-hub-cache"
+            )
+
+
+def _present(place: _Place, file: _File) -> int:
+    """Bytes of `file` that are here, whole or in part."""
+    for path in (place.blobs / file.blob, place.blobs / f"{file.blob}.incomplete"):
+        try:
+            return min(path.stat().st_size, file.size)
+        except OSError:
+            continue
+    return 0
+
+
+@contextlib.contextmanager
+def _watched(place: _Place, files: list[_File], report: Report | None) -> Iterator[None]:
+    """Tell `report` how many bytes are here, from a thread, until the block ends."""
+    if report is None:
+        yield
+        return
+    total = sum(file.size for file in files)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while True:
+            last = ended.wait(REPORT_EVERY_S)
+            report(sum(_present(place, file) for file in files), total)
+            if last:
+                return
+
+    thread = threading.Thread(target=watch, name="download-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What a broken transfer raises: the hub's library changed from requests, whose errors are OSError, to httpx."""
+    httpx = sys.modules.get("httpx")
+    return (OSError, httpx.HTTPError) if httpx is not None else (OSError,)
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether trying again may help: the network, or a server in trouble; not a refusal, not this machine's disk."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        response = getattr(error, "response", None)
+        return response is not None and (response.status_code >= 500 or response.status_code == 429)
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return True
+    return not isinstance(error, OSError) or error.errno not in _LOCAL
+
+
+@contextlib.contextmanager
+def _explained(place: _Place) -> Iterator[None]:
+    """Turn what the hub's library raises into `ModelError` with the next step."""
+    from huggingface_hub import constants, errors
+
+    elsewhere = "or give a local folder with --model-id"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{place} is gated. Accept its terms at {constants.ENDPOINT}/{place.model_id} and set HF_TOKEN to a "
+            "token of the account that did"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(
+            f"the model `{place.model_id}` has no revision `{place.revision}`; correct --revision"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        token = "the token in HF_TOKEN may not read it" if place.token else "set HF_TOKEN if it is private"
+        raise ModelError(
+            f"there is no model {place} on {constants.ENDPOINT}, and no such folder here. Correct --model-id; {token}"
+        ) from error
+    except errors.HFValidationError as error:
+        raise ModelError(
+            f"{place} is neither a folder that exists nor a hub id of the form NAME or OWNER/NAME. Correct --model-id"
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        if place.offline or isinstance(error, errors.OfflineModeIsEnabled):
+            raise ModelError(
+                f"{place} is not in {place.cache}, and HF_HUB_OFFLINE forbids asking the hub. Unset it for the first "
+                f"download, {elsewhere}"
+            ) from error
+        raise ModelError(_unreachable(place, error)) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise ModelError(
+            f"the hub {constants.ENDPOINT} answered {status} for {place}. Try again later, {elsewhere}"
+        ) from error
+    except _broken() as error:
+        if isinstance(error, OSError) and error.errno in _LOCAL:
+            raise ModelError(
+                f"cannot write the download to {place.cache}: {error.strerror}. Mend that, or choose another "
+                "folder with --huggingface-hub-cache"
+            ) from error
+        raise ModelError(_unreachable(place, error)) from error
+    except ValueError as error:
+        raise ModelError(
+            f"the hub's answer for {place} cannot be understood: {error}. Try again, {elsewhere}"
+        ) from error
+
+
+def _unreachable(place: _Place, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"cannot get {place} from {constants.ENDPOINT}: the hub does not answer or the transfer broke "
+        f"({type(error).__name__}). What is here is kept: try again, check network and HTTPS_PROXY, or give a local "
+        "folder with --model-id"
+    )

@@ -1,0 +1,116 @@
+"""The child's side of a process that the launcher started: what to do, where to report, when to die.
+
+A child gets one line of JSON on its standard input, its `Assignment`. The pipe then stays open; when it closes, the
+launcher is gone and the child ends itself and all it started. Logs go to standard output, `Report`s to a pipe of their
+own, so that nothing a library prints can be taken for a report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from tgi_gateway.errors import GatewayError, StartError
+from tgi_gateway.settings import Settings
+from tgi_gateway.telemetry import logs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one child shall do."""
+
+    process: str
+    """Its name in the log."""
+    settings: Settings
+    report_fd: int
+    runtime_folder: str
+    socket_path: str
+    model_path: str = ""
+    worker: int = 0
+    """Which HTTP worker."""
+    listen_fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a child tells the launcher, once: it is ready, or why it will never be."""
+
+    kind: Literal["ready", "failed"]
+    text: str = ""
+    """ready: what the next process needs to know; failed: the message."""
+    exit_code: int = 0
+
+
+class Reporter:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def ready(self, text: str = "") -> None:
+        self._send(Report("ready", text))
+
+    def failed(self, text: str, exit_code: int) -> None:
+        self._send(Report("failed", text, exit_code))
+
+    def _send(self, report: Report) -> None:
+        os.write(self._fd, msgspec.json.encode(report) + b"\n")
+
+
+def run(main: Callable[[Assignment, Reporter], Awaitable[None]]) -> int:
+    """Read the assignment and run `main` in a uvloop event loop; returns the exit code."""
+    import uvloop
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
+    faulthandler.enable()
+    assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
+    reporter = Reporter(assignment.report_fd)
+    logs.configure_child(assignment.settings.log_level, assignment.process)
+    _watch_launcher(assignment.runtime_folder)
+
+    async def awaited() -> None:
+        await main(assignment, reporter)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(awaited())
+    except GatewayError as error:
+        reporter.failed(str(error), error.exit_code if isinstance(error, StartError) else 1)
+        return 1
+    except Exception as error:
+        logger.exception("%s failed", assignment.process)
+        reporter.failed(f"{type(error).__name__}: {error}", 1)
+        return 1
+    return 0
+
+
+async def until_told_to_stop() -> None:
+    """Return at SIGTERM. Before this is called SIGTERM ends the process at once."""
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    await told.wait()
+
+
+def _watch_launcher(runtime_folder: str) -> None:
+    """End this process group as soon as the launcher is gone, however it went."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        shutil.rmtree(runtime_folder, ignore_errors=True)
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

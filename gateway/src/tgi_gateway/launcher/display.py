@@ -1,0 +1,78 @@
+"""What a user sees while the server starts: a bar on a terminal, otherwise a line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from tgi_gateway.telemetry.logs import Line, Log
+
+PLAIN_EVERY_S = 5.0
+
+
+class Display:
+    """Shows one phase at a time. Leave the block before anything but progress is to be seen.
+
+    While a bar is shown, rich puts itself in front of `sys.stdout`, so that log lines appear above the bar.
+    """
+
+    def __init__(self, log: Log, *, stream: TextIO | None = None, json_output: bool = False) -> None:
+        self._log = log
+        stream = stream or sys.stdout
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase = ""
+        self._shown_at = -PLAIN_EVERY_S
+        if stream.isatty() and not json_output:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                console=Console(file=stream),
+                transient=True,
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, line: Line) -> None:
+        """Show the progress that `line` tells, see `logs.progress`."""
+        fraction = line.fields.get("progress")
+        share = float(fraction) if isinstance(fraction, (int, float)) else None
+        if self._bar is not None:
+            self._move_bar(line.message, share)
+        elif line.message != self._phase or share == 1.0 or time.monotonic() - self._shown_at >= PLAIN_EVERY_S:
+            self._shown_at = time.monotonic()
+            self._log.write(line)
+        self._phase = line.message
+
+    def bytes(self, phase: str) -> Callable[[int, int], None]:
+        """A `hub.Report` that shows a download."""
+
+        def report(here: int, total: int) -> None:
+            self.update(Line.now(phase, "tgi_gateway.hub", fields={"phase": phase, "progress": here / max(total, 1)}))
+
+        return report
+
+    def _move_bar(self, phase: str, share: float | None) -> None:
+        assert self._bar is not None
+        if phase != self._phase or self._task is None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(phase, total=None if share is None else 1.0)
+        self._bar.update(self._task, completed=share or 0.0, total=None if share is None else 1.0)

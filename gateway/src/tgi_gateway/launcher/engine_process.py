@@ -1,0 +1,40 @@
+"""The engine host: one backend behind its queue, served to the HTTP workers over a Unix socket."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tgi_gateway import plugins
+from tgi_gateway.errors import PluginError
+from tgi_gateway.host.dispatch import Dispatch
+from tgi_gateway.launcher import child
+from tgi_gateway.telemetry import logs
+from tgi_gateway.telemetry.metrics import HostMetrics, Metrics
+from tgi_gateway.wire.server import serve
+
+logger = logging.getLogger("tgi_gateway.launcher.engine")  # not __name__, which is __main__ here
+
+
+async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
+    settings = assignment.settings
+    plugin = plugins.load(settings.backend)
+    missing = plugin.missing()
+    if missing is not None:
+        raise PluginError(f"backend `{plugin.name}` cannot run on this machine: {missing}")
+    backend = plugin.create(settings.engine_options(Path(assignment.model_path)))
+    dispatch = Dispatch(backend, max_concurrent_requests=settings.max_concurrent_requests)
+    server = await serve(dispatch, Path(assignment.socket_path))
+    dispatch.observe(
+        HostMetrics(Metrics(), max_batch_total_tokens=server.info.max_batch_total_tokens, capacity=dispatch.capacity)
+    )
+    logger.info("Engine ready", extra=logs.fields(**asdict(server.info)))
+    reporter.ready()
+    await child.until_told_to_stop()
+    await server.stop(settings.graceful_termination_timeout)
+
+
+if __name__ == "__main__":
+    sys.exit(child.run(main))

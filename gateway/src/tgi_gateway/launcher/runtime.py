@@ -1,0 +1,114 @@
+"""What a server owns on its host: a private folder for its sockets, and its port."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tgi_gateway.errors import StartError
+from tgi_gateway.wire.channel import address
+
+BACKLOG = 2048
+_IN_USE = {errno.EADDRINUSE}
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeFolder:
+    """Mode 0700 and a name of its own, so two servers on one host never meet."""
+
+    path: Path
+
+    @property
+    def socket(self) -> Path:
+        """The engine host's socket."""
+        return self.path / "engine"
+
+    @property
+    def metrics(self) -> Path:
+        """Where the processes' counters are added up."""
+        return self.path / "metrics"
+
+
+@contextlib.contextmanager
+def runtime_folder(parent: str | None) -> Iterator[RuntimeFolder]:
+    """Make the folder under `parent` (None: the system's temporary files) and remove it at the end.
+
+    Raises `StartError` if it cannot be made or its name is too long for a socket.
+    """
+    try:
+        if parent is not None:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        folder = RuntimeFolder(Path(tempfile.mkdtemp(prefix="tgi-gateway-", dir=parent)))
+    except OSError as error:
+        where = parent if parent is not None else "the folder for temporary files"
+        raise StartError(
+            f"cannot make the folder for sockets in {where}: {error.strerror}. Choose a writable one with "
+            "--shard-uds-path, or TMPDIR"
+        ) from error
+    try:
+        address(folder.socket)
+        folder.metrics.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def bind(hostname: str, port: int) -> socket.socket:
+    """Take the port without listening yet: clients are refused until the model is ready. Raises `StartError`."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise StartError(f"--hostname: {hostname} is no address of this machine ({error.strerror})") from error
+    taken = socket.socket(family, kind, protocol)
+    try:
+        _bind(taken, where)
+    except OSError as error:
+        taken.close()
+        raise _explained(error, hostname, port) from error
+    return taken
+
+
+def _bind(taken: socket.socket, where: object) -> None:
+    if taken.family == socket.AF_INET6:
+        taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    try:
+        # Without SO_REUSEADDR, so that a second server fails now and not after it has loaded its model.
+        taken.bind(where)  # type: ignore[arg-type]
+    except OSError as error:
+        if error.errno not in _IN_USE:
+            raise
+        # Perhaps only connections of an earlier server, still winding up, are in the way.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(where)  # type: ignore[arg-type]
+
+
+def listen(taken: socket.socket) -> None:
+    """Open the port. Raises `StartError` if somebody else was faster."""
+    hostname, port = taken.getsockname()[:2]
+    try:
+        taken.listen(BACKLOG)
+    except OSError as error:
+        raise _explained(error, hostname, port) from error
+    # Accepted connections inherit it: those still winding up will not keep the next server from binding.
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.setblocking(False)
+
+
+def _explained(error: OSError, hostname: str, port: int) -> StartError:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return StartError(f"port {port} of {hostname} is in use. Stop what uses it, or choose another with --port")
+        case errno.EACCES:
+            return StartError(f"port {port} needs rights that this user lacks. Choose one above 1023 with --port")
+        case errno.EADDRNOTAVAIL:
+            return StartError(f"{hostname} is no address of this machine. Correct --hostname")
+    return StartError(f"cannot listen on {hostname} port {port}: {os.strerror(error.errno or 0)}")

@@ -1,0 +1,277 @@
+"""The launcher: starts the engine host and the HTTP workers, watches over them, and stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tgi_gateway import hub, plugins
+from tgi_gateway.errors import PluginError, StartError
+from tgi_gateway.launcher import processes, runtime
+from tgi_gateway.launcher.child import Assignment
+from tgi_gateway.launcher.display import Display
+from tgi_gateway.launcher.processes import Child
+from tgi_gateway.launcher.runtime import RuntimeFolder
+from tgi_gateway.settings import SECRET_VARIABLES, Settings
+from tgi_gateway.telemetry import logs
+
+logger = logging.getLogger(__name__)
+
+STILL_WAITING_S = 10.0
+AFTER_FAILURE_S = 5.0
+"""How long HTTP workers get to tell their clients that the engine is gone."""
+MARGIN_S = 5.0
+"""What an orderly end may take beyond the time that requests get."""
+
+
+class _Stop(Exception):
+    """A signal asked for the end before the server was up."""
+
+
+def serve(settings: Settings, environ: Mapping[str, str] | None = None) -> int:
+    """Run the server until it is told to stop or a process dies; returns the exit code."""
+    log = logs.configure(settings.log_level, json_output=settings.json_output)
+    supervisor = Supervisor(settings.resolved(), log, os.environ if environ is None else environ)
+    try:
+        return asyncio.run(supervisor.run())
+    except StartError as error:
+        logger.error("%s", error)
+        return error.exit_code
+
+
+@dataclass(eq=False)
+class Supervisor:
+    """One server. `run` is called once."""
+
+    settings: Settings
+    log: logs.Log
+    environ: Mapping[str, str]
+    _signals: list[int] = field(default_factory=list)
+    _signalled: asyncio.Event = field(default_factory=asyncio.Event)
+    _children: list[Child] = field(default_factory=list)
+    _display: Display | None = None
+    _phase: str = ""
+
+    async def run(self) -> int:
+        """Raises `StartError`."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            return await self._run()
+        except _Stop:
+            return 128 + self._signals[0]
+        finally:
+            # Whatever happened: nothing that was started here survives it.
+            for child in self._children:
+                child.kill()
+            if self._children:
+                await asyncio.wait([child.exit for child in self._children])
+
+    async def _run(self) -> int:
+        began = time.monotonic()
+        self._tell_settings()
+        _check_plugin(self.settings.backend)
+        with (
+            contextlib.closing(runtime.bind(self.settings.hostname, self.settings.port)) as taken,
+            runtime.runtime_folder(self.settings.shard_uds_path) as folder,
+        ):
+            with Display(self.log, json_output=self.settings.json_output) as self._display:
+                model = await self._model(folder)
+                engine = await self._start_engine(folder, model)
+                runtime.listen(taken)
+                workers = await self._start_workers(folder, model, taken)
+            self._display = None
+            hostname, port = taken.getsockname()[:2]
+            taken.close()  # the workers have it; the port must close when the last of them stops accepting
+            shown = f"[{hostname}]" if ":" in hostname else hostname
+            logger.info("Ready at http://%s:%d after %.1f s", shown, port, time.monotonic() - began)
+            return await self._watch(engine, workers)
+
+    # Start.
+
+    def _tell_settings(self) -> None:
+        for warning in self.settings.warnings():
+            logger.warning("%s", warning)
+        logger.info("Settings", extra=logs.fields(version=version("tgi-gateway"), **self.settings.public()))
+        if self.settings.env:
+            logger.info("Environment", extra=logs.fields(**_environment()))
+
+    async def _model(self, folder: RuntimeFolder) -> Path:
+        """The model's local folder; downloads it in a process of its own if need be."""
+        needs_weights = plugins.load(self.settings.backend).needs_model
+        if not hub.needs_download(self.settings):
+            path = hub.resolve(self.settings, needs_weights=needs_weights)
+            if self.settings.model_id is None:
+                self.settings = replace(self.settings, model_id=hub.DEMO_MODEL_ID)
+            return path
+        # The only child that may know the hub's token.
+        assignment = self._assignment("download", folder)
+        child = await self._start("tgi_gateway.launcher.download_process", assignment)
+        path = Path(await self._unless_told_to_stop(child.ready()))
+        await child.exit
+        self._children.remove(child)
+        return path
+
+    async def _start_engine(self, folder: RuntimeFolder, model: Path) -> Child:
+        assignment = replace(
+            self._assignment("engine", folder), settings=self.settings.without_secrets(), model_path=str(model)
+        )
+        child = await self._start("tgi_gateway.launcher.engine_process", assignment)
+        await self._unless_told_to_stop(child.ready())
+        return child
+
+    async def _start_workers(self, folder: RuntimeFolder, model: Path, taken: socket.socket) -> list[Child]:
+        workers = []
+        for worker in range(self.settings.http_workers):
+            assignment = replace(
+                self._assignment(f"http-{worker}", folder),
+                settings=replace(self.settings, hf_token=None),
+                model_path=str(model),
+                worker=worker,
+                listen_fd=taken.fileno(),
+            )
+            # A worker's own threads are few and short; the cores belong to the engine.
+            few = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(self.settings.validation_workers)}
+            workers.append(
+                await self._start("tgi_gateway.launcher.http_process", assignment, few, keep_fds=(taken.fileno(),))
+            )
+        for child in workers:
+            await self._unless_told_to_stop(child.ready())
+        return workers
+
+    def _assignment(self, process: str, folder: RuntimeFolder) -> Assignment:
+        return Assignment(
+            process=process,
+            settings=self.settings,
+            report_fd=-1,
+            runtime_folder=str(folder.path),
+            socket_path=str(folder.socket),
+        )
+
+    async def _start(
+        self, module: str, assignment: Assignment, more: Mapping[str, str] | None = None, keep_fds: tuple[int, ...] = ()
+    ) -> Child:
+        environ = {name: value for name, value in self.environ.items() if name not in SECRET_VARIABLES}
+        environ["PROMETHEUS_MULTIPROC_DIR"] = str(Path(assignment.runtime_folder) / "metrics")
+        environ["PYTHONUNBUFFERED"] = "1"
+        environ |= {name: value for name, value in (more or {}).items() if name not in self.environ}
+        child = await processes.start(module, assignment, environ=environ, on_line=self._on_line, keep_fds=keep_fds)
+        self._children.append(child)
+        logger.debug("Started %s", child.name, extra=logs.fields(pid=child.process.pid))
+        return child
+
+    async def _unless_told_to_stop(self, ready: Awaitable[str]) -> str:
+        """Wait for `ready`, telling from time to time that we still wait.
+
+        Raises `_Stop` at a signal and `StartError` if a process dies that was ready before.
+        """
+        waiting = asyncio.ensure_future(ready)
+        signalled = asyncio.create_task(self._signalled.wait())
+        others = [child for child in self._children if child.report.done()]
+        events: list[asyncio.Future[Any]] = [waiting, signalled, *(child.exit for child in others)]
+        began = time.monotonic()
+        try:
+            while True:
+                done, _ = await asyncio.wait(events, timeout=STILL_WAITING_S, return_when=asyncio.FIRST_COMPLETED)
+                if waiting in done:
+                    return waiting.result()
+                if signalled in done:
+                    raise _Stop
+                for child in others:
+                    if child.exit.done():
+                        raise StartError(f"{child.name} {processes.ending(child.exit.result())} during start-up")
+                logger.info("Still starting (%s) after %.0f s", self._phase or "no news", time.monotonic() - began)
+        finally:
+            waiting.cancel()
+            signalled.cancel()
+
+    def _on_line(self, text: bytes, process: str) -> None:
+        line = logs.decode(text, process)
+        if "phase" in line.fields:
+            self._phase = line.message
+            if self._display is not None:
+                self._display.update(line)
+                return
+        self.log.write(line)
+
+    # Run and stop.
+
+    async def _watch(self, engine: Child, workers: list[Child]) -> int:
+        """Until a signal or the first death."""
+        signalled = asyncio.create_task(self._signalled.wait())
+        events: list[asyncio.Task[Any]] = [signalled, *(child.exit for child in (engine, *workers))]
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        dead = next((child for child in (engine, *workers) if child.exit.done()), None)
+        if dead is not None and not self._signals:
+            signalled.cancel()
+            return await self._fail(dead, engine, workers)
+        return await self._drain(engine, workers)
+
+    async def _fail(self, dead: Child, engine: Child, workers: list[Child]) -> int:
+        logger.error("%s %s; stopping the server", dead.name, processes.ending(dead.exit.result()))
+        grace = AFTER_FAILURE_S if dead is engine else self.settings.graceful_termination_timeout + MARGIN_S
+        await self._stop_all([child for child in workers if child.alive], grace)
+        if engine.alive:
+            await self._stop_all([engine], MARGIN_S)
+        return 1
+
+    async def _drain(self, engine: Child, workers: list[Child]) -> int:
+        name = signal.Signals(self._signals[0]).name
+        logger.info(
+            "%s: no new requests; accepted ones have %d s to finish", name, self.settings.graceful_termination_timeout
+        )
+        clean = await self._stop_all(workers, self.settings.graceful_termination_timeout + MARGIN_S)
+        clean = await self._stop_all([engine], MARGIN_S) and clean
+        if len(self._signals) > 1:
+            logger.warning("Stopped at once by a second signal")
+            return 128 + self._signals[1]
+        logger.info("Stopped" if clean else "Stopped; a process had to be killed")
+        return 0
+
+    async def _stop_all(self, children: list[Child], timeout_s: float) -> bool:
+        """End them, at once if a second signal comes; False if one had to be killed."""
+        if not children:
+            return True
+        stopping: asyncio.Future[list[bool]] = asyncio.gather(*(child.stop(timeout_s) for child in children))
+        while not stopping.done():
+            if len(self._signals) > 1:
+                for child in children:
+                    child.kill()
+            self._signalled.clear()
+            again = asyncio.create_task(self._signalled.wait())
+            both: list[asyncio.Future[Any]] = [stopping, again]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            again.cancel()
+        return all(stopping.result())
+
+    def _on_signal(self, number: int) -> None:
+        self._signals.append(number)
+        self._signalled.set()
+
+
+def _check_plugin(name: str) -> None:
+    lacking = plugins.load(name).missing()
+    if lacking is not None:
+        raise PluginError(f"backend `{name}` cannot run on this machine: {lacking}")
+
+
+def _environment() -> dict[str, object]:
+    """What a bug report needs."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "backends": [f"{item.name} {item.version} ({item.distribution})" for item in plugins.installed()],
+    }
