@@ -62,6 +62,7 @@ class StopRules:
     """Until so many tokens exist, end-of-sequence and stop tokens cannot be chosen."""
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    """Each ends the request for the reason ``stop_sequence`` and is its last token, also when `ignore_eos` is set."""
     stop_strings: tuple[str, ...] = ()
     """Matched on text, in the HTTP worker, which then cancels the request in the engine; engines ignore them."""
 
