@@ -64,14 +64,19 @@ class AttentionShape:
 
 
 class Ops(Protocol):
-    """The operations of a transformer step. Tensors are contiguous unless said; T is the number of new tokens.
+    """The operations of a transformer step. T is the number of new tokens. Tensors are contiguous, but for q, k and v,
+    which are views into the stacked projection: only their last dimension is.
 
     A device subclasses `reference.ReferenceOps` and overrides what it does faster. Every override is tested against
     the reference in float32 by DeviceContract.
     """
 
+    def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` [out, in] laid out as `linear` reads it fastest; once, at load. The result is opaque."""
+        ...
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[T, in] x [out, in] (+ [out]) -> [T, out], accumulated in float32."""
+        """[T, in] x packed [out, in] (+ [out]) -> [T, out], accumulated in float32."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -121,8 +126,8 @@ class Ops(Protocol):
         ...
 
 
-Forward = Callable[[StepInput], torch.Tensor]
-"""StepInput -> float32 logits [sampled rows, vocabulary]."""
+Forward = Callable[[StepInput], tuple[torch.Tensor, torch.Tensor]]
+"""StepInput -> float32 logits [sampled rows, vocabulary], hidden states of all new tokens [T, hidden]."""
 
 
 class Device(Protocol):
@@ -147,11 +152,13 @@ class Device(Protocol):
         """torch.distributed backend: ``gloo``, ``nccl``, ``xla``, ..."""
         ...
 
-    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+    def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:
         """The dtype to compute in when the user named none."""
         ...
 
-    def memory(self) -> MemoryFigures: ...
+    def memory(self) -> MemoryFigures:
+        """`free` is what the engine may still take: less than all where other programs share the memory."""
+        ...
 
     def kv_layout(self, shape: AttentionShape) -> KVLayout: ...
 

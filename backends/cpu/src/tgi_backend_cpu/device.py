@@ -1,0 +1,61 @@
+"""CpuDevice: the reference device, eager and always there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from tgi_backend_cpu import machine
+from tgi_backend_cpu.attention import PAGE_SIZE, CpuAttentionPlan
+from tgi_backend_cpu.ops import CpuOps
+from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepLimits
+from tgi_model_server.plan import StepPlan
+from tgi_model_server.step import StepInput
+
+_FLOAT32_PARAMETERS = 1_000_000_000
+"""Up to here weights are small enough to be read in float32; larger models live on memory bandwidth."""
+
+
+class CpuDevice:
+    """One process's CPU cores. `device.Device` says what each member means."""
+
+    name = "cpu"
+    pipeline_depth = 1
+    collective_backend = "gloo"
+
+    def __init__(self, *, threads: int | None = None) -> None:
+        # Without it MKL, inside torch's attention, rounds differently for different numbers of rows. MKL reads it at its
+        # first use.
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+        self.torch_device = torch.device("cpu")
+        self.ops = CpuOps()
+        torch.set_num_threads(threads or machine.usable_cores())
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:  # noqa: ARG002
+        """float32 for small models: exact, and as fast as half precision there. bfloat16 for large ones."""
+        if num_parameters <= _FLOAT32_PARAMETERS and num_parameters * 4 <= machine.available_bytes() // 2:
+            return torch.float32
+        return torch.bfloat16
+
+    def memory(self) -> MemoryFigures:
+        """A quarter of what is available: a CPU's memory belongs to everyone on the machine."""
+        return MemoryFigures(total=machine.total_bytes(), free=machine.available_bytes() // 4)
+
+    def kv_layout(self, shape: AttentionShape) -> KVLayout:  # noqa: ARG002
+        return KVLayout(PAGE_SIZE)
+
+    def plan_attention(
+        self,
+        plan: StepPlan,
+        shape: AttentionShape,
+        layout: KVLayout,  # noqa: ARG002
+    ) -> CpuAttentionPlan:
+        return CpuAttentionPlan(plan, shape.dtype)
+
+    def buckets(self, limits: StepLimits) -> Sequence[Bucket]:  # noqa: ARG002
+        return ()
+
+    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:  # noqa: ARG002
+        return forward

@@ -1,0 +1,70 @@
+"""What this process may use of the machine: cores and bytes, as affinity and control groups allow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+def usable_cores() -> int:
+    """Threads worth starting: physical cores of our affinity mask, within the CPU quota. OMP_NUM_THREADS overrules."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        logical = sorted(os.sched_getaffinity(0))
+    else:
+        logical = list(range(os.cpu_count() or 1))
+    cores = {_siblings(cpu) for cpu in logical}
+    return max(1, min(len(cores), _cpu_quota() or len(cores)))
+
+
+def _siblings(cpu: int) -> str:
+    """Hardware threads of one core share this text."""
+    return _text(_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu)
+
+
+def _cpu_quota() -> int | None:
+    """Whole cores that the control group grants, at least 1; None: no limit."""
+    quota, _, period = (_text(_CGROUP / "cpu.max") or "max").partition(" ")
+    if not period:
+        quota = _text(_CGROUP / "cpu" / "cpu.cfs_quota_us") or "max"
+        period = _text(_CGROUP / "cpu" / "cpu.cfs_period_us") or ""
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return None
+    return max(1, int(quota) // int(period))
+
+
+def total_bytes() -> int:
+    """Memory of the machine, or of our control group where that is less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, _cgroup_limit() or whole)
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping, within the control group's limit."""
+    available = total_bytes()
+    for line in (_text(Path("/proc/meminfo")) or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = _cgroup_limit()
+    if limit is None:
+        return available
+    used = _text(_CGROUP / "memory.current") or _text(_CGROUP / "memory" / "memory.usage_in_bytes") or "0"
+    return max(0, min(available, limit - int(used)))
+
+
+def _cgroup_limit() -> int | None:
+    limit = _text(_CGROUP / "memory.max") or _text(_CGROUP / "memory" / "memory.limit_in_bytes") or "max"
+    # Version 1 says "no limit" with a number beyond any memory.
+    return int(limit) if limit.isdigit() and int(limit) < 1 << 60 else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

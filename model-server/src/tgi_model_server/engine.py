@@ -1,0 +1,240 @@
+"""Engine: a model, its pages and its sampler on one device; `run` turns a StepPlan into sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tgi_gateway.backend import EngineOptions
+from tgi_gateway.types import NO_LOGPROB, Request
+from tgi_model_server.buckets import choose_bucket, pad_plan
+from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, StepLimits
+from tgi_model_server.kv.pool import PagePool
+from tgi_model_server.models.config import ModelConfig, find_eos, load_config
+from tgi_model_server.models.registry import Model, build_model
+from tgi_model_server.parallel import Shard
+from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
+from tgi_model_server.sampling.sampler import Sampled, Sampler
+from tgi_model_server.sampling.watermark import Watermark
+from tgi_model_server.sizing import compute_dtype, num_pages, refuse_unsupported, step_limits
+from tgi_model_server.step import StepInput
+from tgi_model_server.weights.loader import CheckpointWeights, DummyWeights, Progress, Weights
+
+_PROMPT_LOGPROB_ROWS = 128
+"""Prompt tokens whose logits exist at a time."""
+
+
+class Engine:
+    """Implements `step.Runner`. Everything but construction is called from one thread."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Model,
+        config: ModelConfig,
+        *,
+        shape: AttentionShape,
+        num_pages: int,
+        limits: StepLimits,
+        eos_token_ids: Sequence[int],
+        watermark: Watermark | None = None,
+    ) -> None:
+        self.config = config
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.limits = limits
+        self._device = device
+        self._model = model
+        self._shape = shape
+        self._layout = device.kv_layout(shape)
+        with torch.inference_mode():
+            self._kv = PagePool(num_pages, config.num_layers, self._layout, shape, device.torch_device)
+            self._sampler = Sampler(
+                vocab_size=config.vocab_size,
+                max_sequences=limits.max_rows,
+                eos_token_ids=eos_token_ids,
+                device=device.torch_device,
+                watermark=watermark,
+            )
+            self._captured = self._capture(device.buckets(limits))
+
+    @property
+    def page_size(self) -> int:
+        return self._layout.page_size
+
+    @property
+    def num_pages(self) -> int:
+        return self._kv.num_pages
+
+    @property
+    def max_sequences(self) -> int:
+        return self.limits.max_rows
+
+    @property
+    def pipeline_depth(self) -> int:
+        return self._device.pipeline_depth
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def dtype(self) -> str:
+        return str(self._shape.dtype).removeprefix("torch.")
+
+    @property
+    def device_name(self) -> str:
+        return self._device.name
+
+    def admit(self, slot: int, request: Request, output_ids: Sequence[int]) -> None:
+        with torch.inference_mode():
+            self._sampler.admit(slot, request, output_ids)
+
+    def release(self, slot: int) -> None:
+        self._sampler.release(slot)
+
+    def run(self, plan: StepPlan) -> EngineOutput:
+        with torch.inference_mode():
+            bucket = choose_bucket(plan, self._captured) if self._captured else None
+            if bucket is None:
+                logits, hidden = self._forward(self._input(plan))
+            else:
+                padded = self._input(pad_plan(plan, bucket, self.page_size), sampled=bucket.num_rows)
+                logits, hidden = self._captured[bucket](padded)
+            rows = len(plan.sample_rows)
+            sampled = self._sampler.sample(logits[:rows], plan) if rows else None
+            return EngineOutput(rows, sampled, self._prompt_logprobs(plan, hidden))
+
+    def close(self) -> None:
+        """Give the memory back; nothing may be called afterwards."""
+        del self._kv, self._model, self._sampler, self._captured
+
+    def _forward(self, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self._model.forward(step, self._kv)
+        last = hidden if step.last_token.shape[0] == hidden.shape[0] else hidden.index_select(0, step.last_token)
+        return self._model.logits(last), hidden
+
+    def _input(self, plan: StepPlan, *, sampled: int | None = None) -> StepInput:
+        """`plan` as tensors; `sampled` fills up the list of sampled tokens to that length."""
+        end, ends = 0, []
+        for query_len in plan.query_lens:
+            end += query_len
+            ends.append(end - 1)
+        last = [ends[row] for row in plan.sample_rows]
+        if sampled is not None:
+            last += [0] * (sampled - len(last))
+        return StepInput(
+            input_ids=self._token_ids(plan),
+            positions=self._tensor(plan.positions()),
+            last_token=self._tensor(last),
+            attention=self._device.plan_attention(plan, self._shape, self._layout),
+        )
+
+    def _token_ids(self, plan: StepPlan) -> torch.Tensor:
+        """The new tokens, with what the slots sampled last put in where the host does not know it yet."""
+        ids = self._tensor(plan.token_ids)
+        if PREVIOUS_TOKEN not in plan.token_ids:
+            return ids
+        token, places, slots = 0, [], []
+        for slot, query_len in zip(plan.slots, plan.query_lens, strict=True):
+            for place in range(token, token + query_len):
+                if plan.token_ids[place] == PREVIOUS_TOKEN:
+                    places.append(place)
+                    slots.append(slot)
+            token += query_len
+        previous = self._sampler.last_tokens.index_select(0, self._tensor(slots))
+        return previous if len(places) == len(plan.token_ids) else ids.index_copy_(0, self._tensor(places), previous)
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Row -> float32 [targets], log-probabilities of the prompt tokens that follow."""
+        out: dict[int, torch.Tensor] = {}
+        starts = [0]
+        for query_len in plan.query_lens:
+            starts.append(starts[-1] + query_len)
+        for row, targets in plan.prompt_targets.items():
+            parts = []
+            for begin in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
+                wanted = self._tensor(targets[begin : begin + _PROMPT_LOGPROB_ROWS])
+                first = starts[row] + begin
+                logits = self._model.logits(hidden[first : first + wanted.shape[0]])
+                parts.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
+            out[row] = torch.cat(parts) if parts else torch.empty(0)
+        return out
+
+    def _capture(self, buckets: Sequence[Bucket]) -> dict[Bucket, Forward]:
+        """Every bucket's forward pass made fast, by running it once on padding alone."""
+        captured: dict[Bucket, Forward] = {}
+        for bucket in buckets:
+            example = self._input(pad_plan(StepPlan(), bucket, self.page_size), sampled=bucket.num_rows)
+            captured[bucket] = self._device.capture(self._forward, example, bucket)
+        return captured
+
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device.torch_device, non_blocking=True)
+
+
+class EngineOutput:
+    """A started step. Implements `step.StepOutput`."""
+
+    def __init__(self, rows: int, sampled: Sampled | None, prompt_logprobs: dict[int, torch.Tensor]) -> None:
+        self._rows = rows
+        self._sampled = sampled
+        self._prompt_logprobs = prompt_logprobs
+
+    def wait(self) -> StepResult:
+        prompt_logprobs = {row: values.tolist() for row, values in self._prompt_logprobs.items()}
+        sampled = self._sampled
+        if sampled is None:
+            return StepResult([], [], prompt_logprobs=prompt_logprobs)
+        result = StepResult(sampled.tokens.tolist(), [NO_LOGPROB] * self._rows, prompt_logprobs=prompt_logprobs)
+        if sampled.logprobs is not None:
+            for index, value in zip(sampled.scored, sampled.logprobs.tolist(), strict=True):
+                result.logprobs[index] = value
+        if sampled.top_ids is not None and sampled.top_logprobs is not None:
+            rows = zip(
+                sampled.scored, sampled.top_sizes, sampled.top_ids.tolist(), sampled.top_logprobs.tolist(), strict=True
+            )
+            for index, size, ids, values in rows:
+                if size:
+                    result.top[index] = tuple(zip(ids[:size], values[:size], strict=True))
+        return result
+
+
+def load_engine(device: Device, options: EngineOptions, progress: Progress | None = None) -> Engine:
+    """Read the model of `options` onto `device`; `progress` is told (bytes done, bytes in all) of its weights.
+
+    Raises `ModelError` for what is wrong with the model's files, `SettingsError` for options that do not fit.
+    """
+    refuse_unsupported(options)
+    config = load_config(options.model_path, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
+    dtype = compute_dtype(device, options, config)
+    limits = step_limits(options, config)
+    shard = Shard()
+    shape = AttentionShape(
+        num_heads=shard.size(config.num_heads, "attention heads"),
+        num_kv_heads=shard.size(config.num_kv_heads, "key-value heads"),
+        head_dim=config.head_dim,
+        dtype=dtype,
+        kv_dtype=dtype,
+    )
+    weights: Weights
+    if options.load_format == "dummy":
+        weights = DummyWeights(dtype=dtype, device=device.torch_device, shard=shard)
+    else:
+        weights = CheckpointWeights(
+            options.model_path, dtype=dtype, device=device.torch_device, shard=shard, progress=progress
+        )
+    with torch.inference_mode():
+        model = build_model(
+            config, shape, weights, device.ops, device=device.torch_device, max_positions=limits.max_kv_len
+        )
+    return Engine(
+        device,
+        model,
+        config,
+        shape=shape,
+        num_pages=num_pages(device, options, config, shape, limits),
+        limits=limits,
+        eos_token_ids=find_eos(options.model_path, config),
+        watermark=Watermark(config.vocab_size, options.watermark_gamma, options.watermark_delta),
+    )

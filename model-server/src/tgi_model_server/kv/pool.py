@@ -1,0 +1,29 @@
+"""PagePool: the KV tensors of all layers."""
+
+from __future__ import annotations
+
+import torch
+
+from tgi_model_server.device import AttentionShape, KVLayout
+
+
+class PagePool:
+    """Keys and values of every layer, in pages. Zeroed: a padded read must not meet a NaN. Page 0 is padding's."""
+
+    def __init__(
+        self, num_pages: int, num_layers: int, layout: KVLayout, shape: AttentionShape, device: torch.device
+    ) -> None:
+        self.num_pages = num_pages
+        self.layout = layout
+        if layout.order == "NHD":
+            size = (num_pages, layout.page_size, shape.num_kv_heads, shape.head_dim)
+        else:
+            size = (num_pages, shape.num_kv_heads, layout.page_size, shape.head_dim)
+        # On a CPU, zeros are mapped when they are first written: an idle pool costs no memory.
+        self.keys = [torch.zeros(size, dtype=shape.kv_dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(size, dtype=shape.kv_dtype, device=device) for _ in range(num_layers)]
+
+
+def page_bytes(num_layers: int, layout: KVLayout, shape: AttentionShape) -> int:
+    """Bytes of one page, keys and values of all layers."""
+    return 2 * num_layers * layout.page_size * shape.num_kv_heads * shape.head_dim * shape.kv_dtype.itemsize

@@ -1,0 +1,19 @@
+"""A weight matrix with its bias, laid out as the device likes it."""
+
+from __future__ import annotations
+
+import torch
+
+from tgi_model_server.device import Ops
+
+
+class Linear:
+    """x [T, in] -> [T, out]"""
+
+    def __init__(self, ops: Ops, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._linear = ops.linear
+        self._weight = ops.pack_linear(weight)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, self._weight, self._bias)

@@ -1,0 +1,104 @@
+"""Llama and its close relatives: Mistral (sliding window), Qwen2 (QKV bias), Qwen3 (normalized queries and keys)."""
+
+from __future__ import annotations
+
+import torch
+
+from tgi_model_server.device import AttentionShape, Ops
+from tgi_model_server.kv.pool import PagePool
+from tgi_model_server.layers.attention import Attention
+from tgi_model_server.layers.embedding import Embedding, Head
+from tgi_model_server.layers.linear import Linear
+from tgi_model_server.layers.mlp import GatedMLP
+from tgi_model_server.layers.norm import RMSNorm
+from tgi_model_server.layers.rope import Rope
+from tgi_model_server.models.config import ModelConfig
+from tgi_model_server.step import StepInput
+from tgi_model_server.weights.loader import Weights
+
+
+class Llama:
+    """A pre-norm decoder: embedding, layers, norm, head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: AttentionShape,
+        weights: Weights,
+        ops: Ops,
+        *,
+        device: torch.device,
+        max_positions: int,
+    ) -> None:
+        vocabulary = (config.vocab_size, config.hidden_size)
+        embedding = weights.take("model.embed_tokens.weight", vocabulary)
+        self._embed = Embedding(embedding)
+        self._rope = Rope(config.rope, max_positions, device)
+        self._layers = [_Layer(config, shape, weights, ops, index) for index in range(config.num_layers)]
+        self._norm = _norm(config, weights, ops, "model.norm")
+        if config.tie_word_embeddings:
+            weights.ignore("lm_head.weight")
+            self._head = Head(ops, embedding)
+        else:
+            self._head = Head(ops, weights.take("lm_head.weight", vocabulary))
+
+    def forward(self, step: StepInput, kv: PagePool) -> torch.Tensor:
+        """Normalized hidden states of all new tokens, [T, hidden]; their keys and values go into `kv`."""
+        cos, sin = self._rope.at(step.positions)
+        residual = self._embed(step.input_ids)
+        x: torch.Tensor | None = None
+        for layer, keys, values in zip(self._layers, kv.keys, kv.values, strict=True):
+            if x is None:
+                normed = layer.input_norm(residual)
+            else:
+                normed, residual = layer.input_norm.add(x, residual)
+            attended = layer.attention(normed, cos, sin, keys, values, step.attention)
+            normed, residual = layer.middle_norm.add(attended, residual)
+            x = layer.mlp(normed)
+        assert x is not None, "a model has layers"
+        return self._norm.add(x, residual)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> float32 [rows, vocabulary]"""
+        return self._head(hidden)
+
+
+class _Layer:
+    """The parts of one decoder layer."""
+
+    def __init__(self, config: ModelConfig, shape: AttentionShape, weights: Weights, ops: Ops, index: int) -> None:
+        prefix, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+        def stacked(names: tuple[str, ...], rows: tuple[int, ...], bias: bool) -> Linear:
+            weight = weights.take_stacked([f"{name}.weight" for name in names], [(size, hidden) for size in rows])
+            extra = (
+                weights.take_stacked([f"{name}.bias" for name in names], [(size,) for size in rows]) if bias else None
+            )
+            return Linear(ops, weight, extra)
+
+        def back(name: str, columns: int, bias: bool) -> Linear:
+            weight = weights.take(f"{name}.weight", (hidden, columns), split=1)
+            return Linear(ops, weight, weights.take(f"{name}.bias", (hidden,)) if bias else None)
+
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        self.input_norm = _norm(config, weights, ops, f"{prefix}.input_layernorm")
+        self.attention = Attention(
+            ops,
+            shape,
+            stacked(tuple(f"{attention}.{part}_proj" for part in "qkv"), (q_rows, kv_rows, kv_rows), config.qkv_bias),
+            back(f"{attention}.o_proj", q_rows, config.o_bias),
+            q_norm=_norm(config, weights, ops, f"{attention}.q_norm", config.head_dim) if config.qk_norm else None,
+            k_norm=_norm(config, weights, ops, f"{attention}.k_norm", config.head_dim) if config.qk_norm else None,
+            sliding_window=config.sliding_windows[index],
+        )
+        self.middle_norm = _norm(config, weights, ops, f"{prefix}.post_attention_layernorm")
+        self.mlp = GatedMLP(
+            ops,
+            stacked((f"{mlp}.gate_proj", f"{mlp}.up_proj"), (inner, inner), config.mlp_bias),
+            back(f"{mlp}.down_proj", inner, config.mlp_bias),
+        )
+
+
+def _norm(config: ModelConfig, weights: Weights, ops: Ops, name: str, size: int | None = None) -> RMSNorm:
+    return RMSNorm(ops, weights.take(f"{name}.weight", (size or config.hidden_size,)), config.rms_norm_eps)

@@ -1,0 +1,60 @@
+"""Which class builds which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from tgi_model_server.device import AttentionShape, Ops
+from tgi_model_server.kv.pool import PagePool
+from tgi_model_server.models.config import ModelConfig
+from tgi_model_server.models.llama import Llama
+from tgi_model_server.step import StepInput
+from tgi_model_server.weights.loader import Weights
+
+
+class Model(Protocol):
+    """A decoder with its weights on one rank."""
+
+    def forward(self, step: StepInput, kv: PagePool) -> torch.Tensor:
+        """Hidden states of all new tokens, [T, hidden]; their keys and values go into `kv`."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> float32 [rows, vocabulary]"""
+        ...
+
+
+class Build(Protocol):
+    """A model class."""
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        shape: AttentionShape,
+        weights: Weights,
+        ops: Ops,
+        *,
+        device: torch.device,
+        max_positions: int,
+    ) -> Model: ...
+
+
+ARCHITECTURES: Mapping[str, Build] = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
+
+
+def build_model(
+    config: ModelConfig,
+    shape: AttentionShape,
+    weights: Weights,
+    ops: Ops,
+    *,
+    device: torch.device,
+    max_positions: int,
+) -> Model:
+    """Take every weight of `config`'s architecture. Raises `ModelError` for a wrong or missing one."""
+    model = ARCHITECTURES[config.model_type](config, shape, weights, ops, device=device, max_positions=max_positions)
+    weights.finish()
+    return model

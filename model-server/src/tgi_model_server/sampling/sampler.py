@@ -1,0 +1,248 @@
+"""Sampler: from a step's logits to its tokens and log-probabilities, each row by its own request's rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tgi_gateway.errors import ValidationError
+from tgi_gateway.types import Request
+from tgi_model_server.plan import StepPlan
+from tgi_model_server.sampling import filters
+from tgi_model_server.sampling.penalties import TokenCounts
+from tgi_model_server.sampling.uniform import uniform
+from tgi_model_server.sampling.watermark import Watermark
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A step's choices, still on the device."""
+
+    tokens: torch.Tensor
+    """int64 [sampled rows]"""
+    scored: Sequence[int] = ()
+    """Indices into `tokens` of those that wanted log-probabilities."""
+    logprobs: torch.Tensor | None = None
+    """float32 [scored]"""
+    top_sizes: Sequence[int] = ()
+    """Per scored row: how many of the most likely tokens it wants."""
+    top_ids: torch.Tensor | None = None
+    """int64 [scored, largest top size], most likely first"""
+    top_logprobs: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """What sampling needs to know of the request in a slot."""
+
+    request: Request
+    greedy: bool
+    penalized: bool
+    scored: bool
+    forbidden_early: torch.Tensor
+    """Ids that may not be chosen before `min_new_tokens`, int64."""
+    bias_ids: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+class Sampler:
+    """Per-slot rules and device state: the last token of each slot, and the counts that penalties work on."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_sequences: int,
+        eos_token_ids: Sequence[int],
+        device: torch.device,
+        watermark: Watermark | None = None,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._eos = tuple(eos_token_ids)
+        self._device = device
+        self._slots: dict[int, _Slot] = {}
+        self._counts = TokenCounts(max_sequences, vocab_size, device)
+        self._watermark = watermark or Watermark(vocab_size, 0.5, 2.0)
+        self._batch: _Batch | None = None
+        self.last_tokens = torch.zeros(max_sequences, dtype=torch.int64, device=device)
+        """int64 [max_sequences]: what each slot sampled last."""
+
+    def admit(self, slot: int, request: Request, output_ids: Sequence[int]) -> None:
+        """Raises `ValidationError` for token ids that the vocabulary lacks."""
+        sampling = request.sampling
+        for what, ids in (
+            ("logit_bias", [token for token, _ in sampling.logit_bias]),
+            ("stop_token_ids", request.stop.stop_token_ids),
+            ("input_ids", request.input_ids),
+        ):
+            if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
+                raise ValidationError(f"{what} holds a token id outside 0 .. {self._vocab_size - 1}.")
+        penalized = (
+            sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
+        )
+        if penalized:
+            self._counts.reset(slot, request.input_ids, output_ids)
+        bias = dict(sampling.logit_bias)
+        self._slots[slot] = _Slot(
+            request=request,
+            greedy=not sampling.do_sample or sampling.temperature <= 0.0,
+            penalized=penalized,
+            scored=request.logprobs or request.top_n_tokens > 0,
+            forbidden_early=self._tensor(sorted({*self._eos, *request.stop.stop_token_ids}), torch.int64),
+            bias_ids=self._tensor(list(bias), torch.int64) if bias else None,
+            bias=self._tensor(list(bias.values()), torch.float32) if bias else None,
+        )
+        known = output_ids or request.input_ids
+        if known:
+            self.last_tokens[slot] = known[-1]
+        self._batch = None
+
+    def release(self, slot: int) -> None:
+        self._slots.pop(slot, None)
+        self._batch = None
+
+    def sample(self, logits: torch.Tensor, plan: StepPlan) -> Sampled:
+        """Choose a token for each of `plan.sample_rows`; float32 logits [sampled rows, vocabulary] are overwritten."""
+        slots = [plan.slots[row] for row in plan.sample_rows]
+        batch = self._batch
+        if batch is None or batch.slots != slots:
+            batch = self._batch = _Batch(slots, [self._slots[slot] for slot in slots], self._device)
+        raw = logits.index_select(0, batch.scored_rows).log_softmax(-1) if batch.scored else None
+        if batch.penalized is not None or batch.biased or batch.watermarked or not all(plan.allow_eos):
+            self._process(logits, batch, plan)
+        tokens = self._choose(logits, batch, plan.output_lens)
+        self.last_tokens.index_copy_(0, batch.slot_ids, tokens)
+        if batch.penalized is not None:
+            self._counts.add(batch.penalized.slot_ids, tokens.index_select(0, batch.penalized.rows))
+        if raw is None:
+            return Sampled(tokens)
+        logprobs = raw.gather(1, tokens.index_select(0, batch.scored_rows)[:, None])[:, 0]
+        if not batch.largest_top:
+            return Sampled(tokens, batch.scored, logprobs)
+        top = raw.topk(min(batch.largest_top, self._vocab_size), dim=-1)
+        return Sampled(tokens, batch.scored, logprobs, batch.top_sizes, top.indices, top.values)
+
+    def _process(self, logits: torch.Tensor, batch: _Batch, plan: StepPlan) -> None:
+        """What changes the distribution whether or not the row is greedy, in place."""
+        for row in batch.watermarked:
+            self._watermark.apply(logits, row, int(self.last_tokens[batch.slots[row]]))
+        for row, ids, bias in batch.biased:
+            logits[row].index_add_(0, ids, bias)
+        if batch.penalized is not None:
+            part = batch.penalized
+            penalized = self._counts.penalize(
+                logits.index_select(0, part.rows), part.slot_ids, part.repetition, part.frequency, part.presence
+            )
+            logits.index_copy_(0, part.rows, penalized)
+        # Grammar masks go here: after the penalties, before the temperature.
+        for row, (slot, allowed) in enumerate(zip(batch.slots, plan.allow_eos, strict=True)):
+            if not allowed:
+                logits[row].index_fill_(0, self._slots[slot].forbidden_early, -math.inf)
+
+    def _choose(self, logits: torch.Tensor, batch: _Batch, output_lens: Sequence[int]) -> torch.Tensor:
+        if batch.drawn is None:
+            return logits.argmax(-1)
+        drawn = batch.drawn
+        all_drawn = len(drawn.indices) == len(batch.slots)
+        chosen = logits if all_drawn else logits.index_select(0, drawn.rows)
+        chosen = drawn.filter(chosen / drawn.temperature)
+        numbers = [uniform(drawn.seeds[i], output_lens[row]) for i, row in enumerate(drawn.indices)]
+        picked = filters.draw(chosen, self._tensor(numbers, torch.float64)[:, None])
+        if all_drawn:
+            return picked
+        return logits.argmax(-1).index_copy_(0, drawn.rows, picked)
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+
+class _Batch:
+    """The rules of one composition of slots as tensors; kept from step to step while the composition stays."""
+
+    def __init__(self, slots: list[int], rules: list[_Slot], device: torch.device) -> None:
+        self.slots = slots
+        self.slot_ids = torch.tensor(slots, dtype=torch.int64, device=device)
+        self.watermarked = [row for row, rule in enumerate(rules) if rule.request.sampling.watermark]
+        self.biased = [
+            (row, rule.bias_ids, rule.bias)
+            for row, rule in enumerate(rules)
+            if rule.bias_ids is not None and rule.bias is not None
+        ]
+        self.scored = [row for row, rule in enumerate(rules) if rule.scored]
+        self.scored_rows = torch.tensor(self.scored, dtype=torch.int64, device=device)
+        self.top_sizes = [rules[row].request.top_n_tokens for row in self.scored]
+        self.largest_top = max(self.top_sizes, default=0)
+        penalized = [row for row, rule in enumerate(rules) if rule.penalized]
+        self.penalized = _Penalized(penalized, slots, rules, device) if penalized else None
+        drawn = [row for row, rule in enumerate(rules) if not rule.greedy]
+        self.drawn = _Drawn(drawn, rules, device) if drawn else None
+
+
+class _Penalized:
+    def __init__(self, rows: list[int], slots: list[int], rules: list[_Slot], device: torch.device) -> None:
+        params = [rules[row].request.sampling for row in rows]
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.slot_ids = torch.tensor([slots[row] for row in rows], dtype=torch.int64, device=device)
+        self.repetition = _column([each.repetition_penalty for each in params], device)
+        self.frequency = _column([each.frequency_penalty for each in params], device)
+        self.presence = _column([each.presence_penalty for each in params], device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filter:
+    """The rows, among the drawn ones, that use a filter, and its parameter for each, [rows, 1]."""
+
+    rows: torch.Tensor
+    values: torch.Tensor
+    everyone: bool
+    largest: int = field(default=0)
+
+
+class _Drawn:
+    def __init__(self, rows: list[int], rules: list[_Slot], device: torch.device) -> None:
+        params = [rules[row].request.sampling for row in rows]
+        self.indices = rows
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.seeds = [each.seed for each in params]
+        self.temperature = _column([each.temperature for each in params], device)
+        # A neutral row is left out rather than filtered with a neutral value, whose rounding might remove a token.
+        self._top_k = _filter([float(each.top_k) for each in params], 0.0, device)
+        self._top_p = _filter([each.top_p for each in params], 1.0, device)
+        self._min_p = _filter([each.min_p for each in params], 0.0, device)
+        self._typical_p = _filter([each.typical_p for each in params], 1.0, device)
+
+    def filter(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 logits [drawn rows, vocabulary], already divided by the temperature."""
+        if (top_k := self._top_k) is not None:
+            logits = _apply(top_k, logits, filters.top_k(_select(top_k, logits), top_k.values.long(), top_k.largest))
+        if (top_p := self._top_p) is not None:
+            logits = _apply(top_p, logits, filters.top_p(_select(top_p, logits), top_p.values))
+        if (min_p := self._min_p) is not None:
+            logits = _apply(min_p, logits, filters.min_p(_select(min_p, logits), min_p.values))
+        if (typical := self._typical_p) is not None:
+            logits = _apply(typical, logits, filters.typical_p(_select(typical, logits), typical.values))
+        return logits
+
+
+def _filter(values: list[float], neutral: float, device: torch.device) -> _Filter | None:
+    rows = [row for row, value in enumerate(values) if value != neutral]
+    if not rows:
+        return None
+    used = [values[row] for row in rows]
+    index = torch.tensor(rows, dtype=torch.int64, device=device)
+    return _Filter(index, _column(used, device), len(rows) == len(values), int(max(used)))
+
+
+def _select(part: _Filter, logits: torch.Tensor) -> torch.Tensor:
+    return logits if part.everyone else logits.index_select(0, part.rows)
+
+
+def _apply(part: _Filter, logits: torch.Tensor, filtered: torch.Tensor) -> torch.Tensor:
+    return filtered if part.everyone else logits.index_copy(0, part.rows, filtered)
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]

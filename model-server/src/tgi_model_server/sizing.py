@@ -1,0 +1,91 @@
+"""Sizing: what an engine computes in, how large its steps and sequences may be, how many pages its memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tgi_gateway.backend import EngineOptions
+from tgi_gateway.errors import SettingsError
+from tgi_model_server.device import AttentionShape, Device, StepLimits
+from tgi_model_server.kv.pool import page_bytes
+from tgi_model_server.models.config import ModelConfig
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+DEFAULT_MAX_SEQUENCES = 128
+DEFAULT_PREFILL_TOKENS = 4096
+
+
+def step_limits(options: EngineOptions, config: ModelConfig) -> StepLimits:
+    """The largest step: what the options say, else what the model can do. Raises `SettingsError`."""
+    max_kv_len = options.max_total_tokens or config.max_positions
+    if max_kv_len > config.max_positions:
+        raise SettingsError(
+            f"max_total_tokens is {max_kv_len}; this model allows {config.max_positions}. "
+            "Lower it or extend the model with --rope-scaling and --rope-factor."
+        )
+    max_rows = options.max_batch_size or DEFAULT_MAX_SEQUENCES
+    prefill = options.max_batch_prefill_tokens or min(DEFAULT_PREFILL_TOKENS, max_kv_len)
+    return StepLimits(max_rows=max_rows, max_tokens=prefill + max_rows, max_kv_len=max_kv_len)
+
+
+def refuse_unsupported(options: EngineOptions) -> None:
+    """Raises `SettingsError` for an option that would otherwise be ignored."""
+    for flag, value in (
+        ("--quantize", options.quantize),
+        ("--kv-cache-dtype", options.kv_cache_dtype),
+        ("--lora-adapters", options.lora_adapters),
+        ("--speculate", options.speculate),
+    ):
+        if value:
+            raise SettingsError(f"{flag} is {value!r}; this engine does not support it yet. Leave it out.")
+    if options.num_shard != 1:
+        raise SettingsError(f"--num-shard is {options.num_shard}; this engine runs on 1 shard.")
+
+
+def compute_dtype(device: Device, options: EngineOptions, config: ModelConfig) -> torch.dtype:
+    """What weights, activations and KV are kept in. Raises `SettingsError`."""
+    if options.dtype is None:
+        return device.default_dtype(DTYPES.get(config.checkpoint_dtype, torch.float32), config.num_parameters)
+    if options.dtype not in DTYPES:
+        raise SettingsError(f"--dtype is {options.dtype!r}; allowed are {', '.join(DTYPES)}.")
+    return DTYPES[options.dtype]
+
+
+def num_pages(
+    device: Device, options: EngineOptions, config: ModelConfig, shape: AttentionShape, limits: StepLimits
+) -> int:
+    """Pages of the pool, page 0 included. Raises `SettingsError` where memory holds not even one full sequence."""
+    layout = device.kv_layout(shape)
+    each = page_bytes(config.num_layers, layout, shape)
+    memory = device.memory()
+    if options.max_batch_total_tokens is not None:
+        pages = -(-options.max_batch_total_tokens // layout.page_size)
+        if pages * each > memory.total:
+            raise SettingsError(
+                f"max_batch_total_tokens is {options.max_batch_total_tokens}, which needs {pages * each >> 20} MiB for "
+                f"keys and values; {device.name} has {memory.total >> 20} MiB. Lower it."
+            )
+        return pages + 1
+    usable = int(memory.free * options.memory_fraction) - _activation_bytes(config, shape, limits)
+    per_sequence = -(-limits.max_kv_len // layout.page_size)
+    pages = min(usable // each, limits.max_rows * per_sequence)
+    if pages < per_sequence:
+        raise SettingsError(
+            f"A sequence of max_total_tokens {limits.max_kv_len} needs {per_sequence * each >> 20} MiB for keys and "
+            f"values; {max(usable, 0) >> 20} MiB of {device.name} memory can be used. Lower --max-total-tokens."
+        )
+    return pages + 1
+
+
+def _activation_bytes(config: ModelConfig, shape: AttentionShape, limits: StepLimits) -> int:
+    """What the largest step holds beside weights and pages, rounded up."""
+    attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    per_token = (6 * config.hidden_size + 3 * attention + 3 * config.intermediate_size) * shape.dtype.itemsize
+    per_row = 6 * config.vocab_size * torch.float32.itemsize
+    return limits.max_tokens * per_token + limits.max_rows * per_row
