@@ -45,7 +45,7 @@ from tgi_gateway.types import (
 from tgi_gateway.wire import engine_pb2 as pb
 from tgi_gateway.wire.channel import ATTACH, OPTIONS, SERVICE
 from tgi_gateway.wire.client import RemoteBackend
-from tgi_gateway.wire.codec import decode_request, decode_step, encode_request, encode_step
+from tgi_gateway.wire.codec import decode_capacity, decode_request, decode_step, encode_request, encode_step
 from tgi_gateway.wire.server import MAX_PENDING_ROWS, WireServer, serve
 
 WORKER_1 = 1 << 48
@@ -180,11 +180,11 @@ def test_a_request_crosses_unchanged(sent: Request) -> None:
     assert decode_request(message) == sent
 
 
-@given(steps, st.none() | st.builds(Capacity, counts, counts, counts, counts))
+@given(steps, st.none() | st.builds(Capacity, counts, counts, counts, counts, counts))
 def test_a_step_crosses_unchanged(sent: StepEvents, capacity: Capacity | None) -> None:
     message = pb.StepEvents.FromString(encode_step(sent, capacity).SerializeToString())
     assert decode_step(message) == sent
-    assert message.HasField("capacity") == (capacity is not None)
+    assert (decode_capacity(message.capacity) if message.HasField("capacity") else None) == capacity
 
 
 def test_a_missing_logprob_stays_missing() -> None:

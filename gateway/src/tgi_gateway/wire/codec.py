@@ -190,11 +190,18 @@ def encode_capacity(capacity: Capacity) -> pb.Capacity:
         free_sequences=max(capacity.free_sequences, 0),
         total_kv_tokens=capacity.total_kv_tokens,
         free_kv_tokens=max(capacity.free_kv_tokens, 0),
+        preemptions=capacity.preemptions,
     )
 
 
 def decode_capacity(message: pb.Capacity) -> Capacity:
-    return Capacity(message.max_sequences, message.free_sequences, message.total_kv_tokens, message.free_kv_tokens)
+    return Capacity(
+        max_sequences=message.max_sequences,
+        free_sequences=message.free_sequences,
+        total_kv_tokens=message.total_kv_tokens,
+        free_kv_tokens=message.free_kv_tokens,
+        preemptions=message.preemptions,
+    )
 
 
 def encode_welcome(model: ModelInfo, capabilities: Capabilities, capacity: Capacity) -> pb.Welcome:
