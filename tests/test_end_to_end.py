@@ -1,0 +1,400 @@
+"""The real command in real processes: start, serve, drain, die, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from servers import free_port
+
+from tgi_gateway.testing.worker import write_byte_model
+
+WAIT_S = 60.0
+"""Far more than anything here takes; only a hanging process meets it."""
+PROMPT = "The quick brown fox. "
+
+
+@dataclass
+class Gateway:
+    """A `tgi-gateway` process with a folder for temporary files of its own."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    folder: Path
+    seen: set[int] = field(default_factory=set)
+    """Every child that was seen alive."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Until the log has `text`."""
+        deadline = time.monotonic() + WAIT_S
+        while text not in self.log:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log}"
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.log}"
+            time.sleep(0.02)
+
+    def children(self) -> dict[str, int]:
+        """Pids by what runs: engine_process, http_process or download_process."""
+        found: dict[str, int] = {}
+        for pid in _children(self.process.pid):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                found[next(part for part in command if part.startswith("tgi_gateway.")).rsplit(".", 1)[1]] = pid
+        self.seen |= set(found.values())
+        return found
+
+    def end(self) -> int:
+        """Its exit code."""
+        return self.process.wait(WAIT_S)
+
+    def left_behind(self) -> list[str]:
+        """Children that outlived it for more than a moment, and files in its temporary folder."""
+        deadline = time.monotonic() + 10
+        while (alive := [pid for pid in self.seen if _alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [f"process {pid}" for pid in alive] + [str(path) for path in (self.folder / "tmp").iterdir()]
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.fixture(scope="module")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("byte-model")
+    write_byte_model(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def launched(*arguments: str, port: int | None = None, **variables: str) -> Iterator[Gateway]:
+    """Start the command; whatever the test does, nothing of it runs afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="e2e-"))
+    (folder / "tmp").mkdir()
+    port = port or free_port()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder / "tmp"),
+        "HF_HOME": str(folder / "hf"),
+        **variables,
+    }
+    command = [sys.executable, "-m", "tgi_gateway", "--hostname", "127.0.0.1", "--port", str(port), *arguments]
+    with (folder / "log").open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    gateway = Gateway(process, port, folder)
+    try:
+        yield gateway
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for pid in gateway.seen:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def serving(model: Path, *arguments: str, port: int | None = None, **variables: str) -> Iterator[Gateway]:
+    """An echo server that is ready."""
+    with launched("--backend", "echo", "--model-id", str(model), *arguments, port=port, **variables) as gateway:
+        gateway.wait_for("Ready at")
+        gateway.children()
+        yield gateway
+
+
+def stream(gateway: Gateway, tokens: int, first: threading.Barrier | None = None) -> list[dict[str, object]]:
+    """The events of one native stream; `first` is passed when the first is here."""
+    events = []
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": tokens}}
+    with httpx.stream("POST", f"{gateway.url}/generate_stream", json=body, timeout=WAIT_S) as response:
+        for line in response.iter_lines():
+            if line.startswith("data:"):
+                events.append(json.loads(line[5:]))
+                if first is not None and len(events) == 1:
+                    first.wait(WAIT_S)
+    return events
+
+
+def until_refused(gateway: Gateway) -> bool:
+    """Whether the port closes."""
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", gateway.port)) != 0:
+                return True
+        time.sleep(0.01)
+    return False
+
+
+def test_both_apis_answer_streamed_and_not(byte_model: Path) -> None:
+    with serving(byte_model, "--http-workers", "2") as gateway:
+        native = httpx.post(f"{gateway.url}/generate", json={"inputs": "abc", "parameters": {"max_new_tokens": 6}})
+        assert native.json() == {"generated_text": "abcabc"}
+        assert stream(gateway, 21)[-1]["generated_text"] == PROMPT
+        messages = [{"role": "user", "content": "hi"}]
+        body = {"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0}
+        chat = httpx.post(f"{gateway.url}/v1/chat/completions", json=body).json()
+        assert chat["choices"][0]["message"]["content"] == "<use"
+        assert chat["usage"]["completion_tokens"] == 4
+        with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body | {"stream": True}) as response:
+            lines = [line[6:] for line in response.iter_lines() if line]
+        assert lines[-1] == "[DONE]"
+        assert "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines[:-1]) == "<use"
+        time.sleep(0.6)  # counters of the other worker reach the shared folder twice a second
+        metrics = httpx.get(f"{gateway.url}/metrics").text
+        assert "tgi_request_success 4.0" in metrics
+        assert "tgi_generated_tokens 35.0" in metrics
+        gateway.process.send_signal(signal.SIGINT)
+        assert gateway.end() == 0
+        assert gateway.left_behind() == []
+
+
+def test_sigterm_lets_accepted_streams_finish_and_refuses_new_ones(byte_model: Path) -> None:
+    count, tokens = 8, 60
+    with serving(byte_model, "--echo-step-ms", "20") as gateway, ThreadPoolExecutor(count) as pool:
+        first = threading.Barrier(count + 1)
+        streams = [pool.submit(stream, gateway, tokens, first) for _ in range(count)]
+        first.wait(WAIT_S)
+        gateway.process.send_signal(signal.SIGTERM)
+        gateway.wait_for("no new requests")
+        assert until_refused(gateway)
+        for answer in streams:
+            events = answer.result(WAIT_S)
+            assert len(events) == tokens
+            assert len(str(events[-1]["generated_text"])) == tokens
+        assert gateway.end() == 0
+        assert gateway.left_behind() == []
+
+
+def test_the_drain_ends_when_its_time_is_over(byte_model: Path) -> None:
+    with serving(byte_model, "--echo-step-ms", "100", "-g", "1") as gateway, ThreadPoolExecutor(1) as pool:
+        first = threading.Barrier(2)
+        answer = pool.submit(stream, gateway, 4000, first)
+        first.wait(WAIT_S)
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.end() == 0
+        with contextlib.suppress(httpx.TransportError):
+            assert len(answer.result(WAIT_S)) < 4000
+        assert gateway.left_behind() == []
+
+
+def test_a_second_signal_stops_at_once(byte_model: Path) -> None:
+    with serving(byte_model, "--echo-step-ms", "100") as gateway, ThreadPoolExecutor(1) as pool:
+        first = threading.Barrier(2)
+        answer = pool.submit(stream, gateway, 4000, first)
+        first.wait(WAIT_S)
+        gateway.process.send_signal(signal.SIGTERM)
+        gateway.wait_for("no new requests")
+        gateway.process.send_signal(signal.SIGINT)
+        assert gateway.end() == 128 + signal.SIGINT
+        assert isinstance(answer.exception(WAIT_S), httpx.TransportError)
+        assert gateway.left_behind() == []
+
+
+@pytest.mark.parametrize("victim", ["engine_process", "http_process"])
+def test_a_killed_process_ends_the_server_with_an_error(byte_model: Path, victim: str) -> None:
+    with serving(byte_model, "--echo-step-ms", "50", "-g", "5") as gateway, ThreadPoolExecutor(1) as pool:
+        first = threading.Barrier(2)
+        answer = pool.submit(stream, gateway, 4000, first)
+        first.wait(WAIT_S)
+        os.kill(gateway.children()[victim], signal.SIGKILL)
+        if victim == "engine_process":
+            last = answer.result(WAIT_S)[-1]
+            assert last["error_type"] == "incomplete_generation_stream"
+        else:
+            assert isinstance(answer.exception(WAIT_S), httpx.TransportError)
+        assert gateway.end() == 1
+        name = "engine" if victim == "engine_process" else "http-0"
+        assert f"{name} was ended by SIGKILL" in gateway.log
+        assert gateway.left_behind() == []
+
+
+def test_nothing_outlives_a_killed_launcher(byte_model: Path) -> None:
+    with serving(byte_model, "--http-workers", "2") as gateway:
+        assert len(gateway.seen) == 2 or len(gateway.seen) == 3
+        gateway.process.kill()
+        gateway.process.wait()
+        assert gateway.left_behind() == []
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(byte_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with launched("--backend", "echo", "--model-id", str(byte_model), port=port) as gateway:
+            assert gateway.end() == 1
+            assert f"port {port} of 127.0.0.1 is in use" in gateway.log
+            assert "Traceback" not in gateway.log
+            assert "Engine ready" not in gateway.log
+            assert gateway.left_behind() == []
+
+
+def test_the_port_is_taken_but_closed_while_the_server_starts(hanging_hub: str) -> None:
+    with launched("--model-id", "org/model", "--backend", "echo", HF_ENDPOINT=hanging_hub) as gateway:
+        gateway.wait_for("Settings")
+        wait_for_child(gateway, "download_process")
+        with socket.socket() as client:
+            assert client.connect_ex(("127.0.0.1", gateway.port)) != 0
+        with launched("--backend", "echo", "--model-id", "org/model", port=gateway.port) as second:
+            assert second.end() == 1
+            assert "is in use" in second.log
+
+
+def test_a_port_can_be_used_again_at_once(byte_model: Path) -> None:
+    port = free_port()
+    for _ in range(2):
+        with serving(byte_model, port=port) as gateway, httpx.Client() as client:
+            assert client.get(f"{gateway.url}/health").status_code == 200
+            gateway.process.send_signal(signal.SIGTERM)  # the server hangs up first: its side is TIME_WAIT
+            assert gateway.end() == 0
+
+
+def test_a_socket_folder_that_cannot_be_made_is_an_error(byte_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    where = str(tmp_path / "file" / "sockets")
+    with launched("--backend", "echo", "--model-id", str(byte_model), "--shard-uds-path", where) as gateway:
+        assert gateway.end() == 1
+        assert f"cannot make the folder for sockets in {where}" in gateway.log
+        assert "Traceback" not in gateway.log
+
+
+def test_a_socket_folder_with_too_long_a_name_is_an_error(byte_model: Path, tmp_path: Path) -> None:
+    where = tmp_path / ("x" * 100)
+    with launched("--backend", "echo", "--model-id", str(byte_model), "--shard-uds-path", str(where)) as gateway:
+        assert gateway.end() == 1
+        assert "Choose a shorter folder" in gateway.log
+        assert list(where.iterdir()) == []
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_with_the_next_step(tmp_path: Path) -> None:
+    with launched("--backend", "echo", "--model-id", str(tmp_path)) as gateway:
+        assert gateway.end() == 1
+        assert f"{tmp_path} has no tokenizer.json" in gateway.log
+        assert "Traceback" not in gateway.log
+
+
+def test_an_engine_that_cannot_start_says_why_once(byte_model: Path) -> None:
+    with launched("--backend", "scripted", "--model-id", str(byte_model)) as gateway:
+        assert gateway.end() == 1
+        assert gateway.log.count("add --script FILE") == 1
+        assert "Traceback" not in gateway.log
+        assert gateway.left_behind() == []
+
+
+def test_a_wrong_flag_exits_with_2() -> None:
+    with launched("--max-best-off", "3") as gateway:
+        assert gateway.end() == 2
+        assert "did you mean `--max-best-of`?" in gateway.log
+        assert gateway.log.count("\n") == 1
+
+
+@pytest.fixture
+def hanging_hub() -> Iterator[str]:
+    """A hub that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def wait_for_child(gateway: Gateway, name: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while name not in gateway.children():
+        assert gateway.process.poll() is None, gateway.log
+        assert time.monotonic() < deadline, gateway.log
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_start_ends_it_quietly(hanging_hub: str, number: signal.Signals) -> None:
+    with launched("--model-id", "org/model", "--backend", "echo", HF_ENDPOINT=hanging_hub) as gateway:
+        wait_for_child(gateway, "download_process")
+        gateway.process.send_signal(number)
+        assert gateway.end() == 128 + number
+        assert "Traceback" not in gateway.log
+        assert "ERROR" not in gateway.log
+        assert gateway.left_behind() == []
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.03, 0.1, 0.2, 0.4, 0.8])
+def test_ctrl_c_at_any_moment_leaves_no_traceback_of_ours(byte_model: Path, after_s: float) -> None:
+    with launched("--backend", "echo", "--model-id", str(byte_model)) as gateway:
+        time.sleep(after_s)
+        gateway.children()
+        gateway.process.send_signal(signal.SIGINT)
+        code = gateway.end()
+        if gateway.log.startswith("Traceback"):
+            assert "tgi_gateway/cli.py" not in gateway.log  # the interpreter itself was still starting
+        else:
+            assert code in (130, -signal.SIGINT) or (code == 0 and "Ready at" in gateway.log)
+            assert "Traceback" not in gateway.log
+        assert gateway.left_behind() == []
+
+
+def test_every_log_line_is_json_when_asked_and_no_secret_is_in_it(byte_model: Path) -> None:
+    with serving(byte_model, "--json-output", API_KEY="s3cret", HF_TOKEN="hf_s3cret") as gateway:
+        body = {"inputs": "abc", "parameters": {"max_new_tokens": 3}}
+        assert httpx.post(f"{gateway.url}/generate", json=body).status_code == 401
+        allowed = {"authorization": "Bearer s3cret"}
+        assert httpx.post(f"{gateway.url}/generate", json=body, headers=allowed).status_code == 200
+        for pid in gateway.children().values():
+            assert b"s3cret" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert b"s3cret" not in Path(f"/proc/{pid}/environ").read_bytes()
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.end() == 0
+        lines = [json.loads(line) for line in gateway.log.splitlines()]
+        assert all({"timestamp", "level", "message", "target"} <= line.keys() for line in lines)
+        assert [line["process"] for line in lines if line["message"] == "Success"] == ["http-0"]
+        assert "s3cret" not in gateway.log
+
+
+def test_two_servers_on_one_host_never_meet(byte_model: Path) -> None:
+    with serving(byte_model) as one, serving(byte_model, TMPDIR=str(one.folder / "tmp")) as two:
+        for gateway in (one, two):
+            assert stream(gateway, 5)[-1]["generated_text"] == PROMPT[:5]
+        assert len(list((one.folder / "tmp").iterdir())) == 2
+        two.process.send_signal(signal.SIGTERM)
+        assert two.end() == 0
+        assert stream(one, 5)[-1]["generated_text"] == PROMPT[:5]
+        assert len(list((one.folder / "tmp").iterdir())) == 1
+
+
+def test_the_socket_folder_is_private(byte_model: Path) -> None:
+    with serving(byte_model) as gateway:
+        (folder,) = (gateway.folder / "tmp").iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert (folder / "engine").stat().st_mode & 0o777 == 0o600
