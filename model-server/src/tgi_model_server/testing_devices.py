@@ -1,0 +1,90 @@
+"""Devices for tests: the oracle, and one that can only run a few static shapes, as ahead-of-time compilers do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepLimits
+from tgi_model_server.plan import StepPlan
+from tgi_model_server.reference import ReferenceOps, ReferencePlan, reference_plan
+from tgi_model_server.step import StepInput
+
+
+@dataclass
+class ReferenceDevice:
+    """Runs `ReferenceOps` in whatever layout it is told."""
+
+    layout: KVLayout = field(default_factory=lambda: KVLayout(4, "HND"))
+    memory_bytes: int = 1 << 26
+    name: str = "reference"
+    pipeline_depth: int = 1
+    collective_backend: str = "gloo"
+
+    def __post_init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.ops = ReferenceOps()
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:
+        del checkpoint_dtype, num_parameters
+        return torch.float32
+
+    def memory(self) -> MemoryFigures:
+        return MemoryFigures(self.memory_bytes, self.memory_bytes)
+
+    def kv_layout(self, shape: AttentionShape) -> KVLayout:
+        del shape
+        return self.layout
+
+    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> ReferencePlan:
+        del shape
+        return reference_plan(plan, layout, self.torch_device)
+
+    def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
+        del limits
+        return ()
+
+    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
+        del example, bucket
+        return forward
+
+
+@dataclass
+class StaticDevice(ReferenceDevice):
+    """Two steps in flight, and a few shapes: anything else raises, as a compiled program would."""
+
+    layout: KVLayout = field(default_factory=lambda: KVLayout(8, "NHD"))
+    name: str = "static"
+    pipeline_depth: int = 2
+    runs: list[Bucket] = field(default_factory=list)
+    """The buckets that ran, in order."""
+
+    def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
+        decode = [Bucket(rows, rows) for rows in _doubling(1, limits.max_rows)]
+        prefill = [Bucket(limits.max_rows + 1, tokens) for tokens in _doubling(32, limits.max_tokens + limits.max_rows)]
+        return [*decode, *prefill]
+
+    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
+        forward(example)
+
+        def compiled(step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+            assert isinstance(step.attention, ReferencePlan)
+            shapes = (step.input_ids.shape[0], step.positions.shape[0], len(step.attention.query_lens))
+            if shapes != (bucket.num_tokens, bucket.num_tokens, bucket.num_rows):
+                raise ValueError(f"compiled for {bucket}, called with {shapes}")
+            if step.last_token.shape[0] != bucket.num_rows:
+                raise ValueError(f"compiled for {bucket.num_rows} sampled rows, called with {step.last_token.shape[0]}")
+            self.runs.append(bucket)
+            return forward(step)
+
+        return compiled
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """first, 2 first, 4 first, ... and the first one that reaches `last`."""
+    out = [first]
+    while out[-1] < last:
+        out.append(out[-1] * 2)
+    return out
