@@ -25,6 +25,8 @@ from tgi_gateway.api.errors import (
 )
 from tgi_gateway.api.serving import VERSION, Services
 
+__all__ = ["Services", "create_app"]
+
 GONE = 499
 """The status that nobody reads, of an answer to a client that hung up."""
 EXPOSED_HEADERS = (

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from json.encoder import encode_basestring
-from typing import Protocol
 
 from tgi_gateway.api.errors import ClientGone, as_gateway_error, failure_label
 from tgi_gateway.api.generation import Generation, Generations, Piece
@@ -23,25 +22,12 @@ from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Limits, Valid
 from tgi_gateway.settings import Settings
 from tgi_gateway.telemetry import logs
+from tgi_gateway.telemetry.metrics import RequestMetrics
 
 log = logging.getLogger("tgi_gateway.request")
 
 VERSION = version("tgi-gateway")
 FINGERPRINT = f"{VERSION}-native"
-
-
-class RequestMetrics(Protocol):
-    """Counts what happens to requests; `telemetry.metrics` has it."""
-
-    def count(self) -> None: ...
-
-    def success(self, generation: Generation, arrived_at: float) -> None: ...
-
-    def failure(self, err: str) -> None: ...
-
-    def exposition(self) -> tuple[bytes, str]:
-        """The Prometheus text of all processes, and its media type."""
-        ...
 
 
 class Permits:

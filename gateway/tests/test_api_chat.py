@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from tgi_gateway.api.bodies import ChatBody
+from tgi_gateway.prompt.chat_template import ChatTemplate
+from tgi_gateway.testing.echo import ECHO_CAPABILITIES, EchoBackend
+from tgi_gateway.testing.scripted import Script, ScriptedBackend
+from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy
+
+PROMPT = "<user>abc<bot>"
+CHAT = "/v1/chat/completions"
+
+
+def body(content: object = "abc", **parameters: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "temperature": 0} | parameters
+
+
+def text_of(answer: Any) -> str:
+    return str(answer["choices"][0]["message"]["content"])
+
+
+async def test_a_chat_is_answered_in_openais_form(worker: Worker) -> None:
+    answer = await worker.answer(CHAT, body(max_tokens=8))
+    assert answer.pop("id").startswith("chatcmpl-")
+    assert answer.pop("created") > 1.7e9
+    assert answer.pop("system_fingerprint").endswith("-native")
+    assert answer == {
+        "object": "chat.completion",
+        "model": "echo",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "<user>ab"},
+                "logprobs": None,
+                "finish_reason": "length",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 14,
+            "completion_tokens": 8,
+            "total_tokens": 22,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+    }
+
+
+async def test_the_named_model_is_echoed_whatever_it_is(worker: Worker) -> None:
+    assert (await worker.answer(CHAT, body(max_tokens=1, model="gpt-x")))["model"] == "gpt-x"
+    assert (await worker.answer(CHAT, body(max_tokens=1, model="tgi")))["model"] == "echo"
+
+
+async def test_a_model_that_is_an_adapter_is_used_as_such(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(lora_adapters=("one", "two=/somewhere"))
+    for name in ("one", "two"):
+        assert "does not support `lora`" in await worker.error(CHAT, body(model=name))
+    await worker.answer(CHAT, body(model="echo", max_tokens=1))
+    listed = await worker.client.get("/v1/models")
+    assert [model["id"] for model in listed.json()["data"]] == ["echo", "one", "two"]
+
+
+async def test_parts_are_joined_without_separator(worker: Worker) -> None:
+    parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]
+    assert text_of(await worker.answer(CHAT, body(parts, max_tokens=14))) == PROMPT
+
+
+async def test_images_are_refused(worker: Worker) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]
+    assert await worker.error(CHAT, body(parts)) == "Input validation error: image modality is not supported"
+
+
+async def test_every_role_reaches_the_template(worker: Worker) -> None:
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "T", "tool_call_id": "1", "name": "f"},
+    ]
+    answer = await worker.answer("/chat_tokenize", {"messages": messages})
+    assert answer["templated_text"] == "<system>S<user>U<assistant><tool>T<bot>"
+    assert len(answer["tokenize_response"]) == len(answer["templated_text"])
+    assert answer["tokenize_response"][1]["text"] == "s"
+
+
+async def test_a_last_assistant_message_is_continued(worker: Worker) -> None:
+    messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A "}]
+    answer = await worker.answer("/chat_tokenize", {"messages": messages})
+    assert answer["templated_text"] == "<user>U<assistant>A"
+
+
+async def test_a_stop_string_is_removed_and_reads_stop(worker: Worker) -> None:
+    for stop in ("r>", ["zz", "r>"]):
+        answer = await worker.answer(CHAT, body(stop=stop))
+        assert text_of(answer) == "<use"
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == 6
+        events = await worker.events(CHAT, body(stop=stop, stream=True))
+        assert "".join(event["choices"][0]["delta"]["content"] for event in events[:-1]) == "<use"
+        assert events[-2]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_an_end_of_sequence_reads_stop_and_shows_no_text(start_worker: Callable[..., Any]) -> None:
+    engine = ScriptedBackend([Script.of(FIRST_BYTE + 40, FIRST_BYTE + 41)], byte_toy())
+    worker: Worker = await start_worker(engine)
+    answer = await worker.answer(CHAT, body())
+    assert text_of(answer) == "IJ"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 3
+    events = await worker.events(CHAT, body(stream=True))
+    assert [event["choices"][0]["delta"]["content"] for event in events[:-1]] == ["I", "J", ""]
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1]] == [None, None, "stop"]
+
+
+async def test_logprobs_tell_token_bytes_and_alternatives(worker: Worker) -> None:
+    wanted = body("é", max_tokens=8, logprobs=True, top_logprobs=2)
+    content = (await worker.answer(CHAT, wanted))["choices"][0]["logprobs"]["content"]
+    assert [each["token"] for each in content] == [*"<user>", "", "é"]
+    assert content[0]["bytes"] == [ord("<")]
+    assert [each["token"] for each in content[0]["top_logprobs"]] == ["<", "="]
+    assert content[0]["logprob"] == content[0]["top_logprobs"][0]["logprob"] < 0
+    events = await worker.events(CHAT, wanted | {"stream": True})
+    streamed = [event["choices"][0]["logprobs"]["content"] for event in events[:-1]]
+    assert all(len(each) == 1 for each in streamed)
+    assert [each[0] for each in streamed] == content
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, False),
+        ({"logprobs": True}, True),
+        ({"top_logprobs": 1}, True),
+        ({"logprobs": False, "top_logprobs": 1}, False),
+    ],
+)
+async def test_logprobs_are_told_if_asked_for(worker: Worker, asked: dict[str, Any], told: bool) -> None:
+    answer = await worker.answer(CHAT, body(max_tokens=1, **asked))
+    assert (answer["choices"][0]["logprobs"] is not None) is told
+
+
+async def test_a_stream_ends_with_its_reason_and_done(worker: Worker) -> None:
+    events = await worker.events(CHAT, body(max_tokens=3, stream=True))
+    assert events[-1] == "[DONE]"
+    chunks = events[:-1]
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": char} for char in "<us"
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    assert chunks[0]["object"] == "chat.completion.chunk"
+
+
+async def test_a_stream_tells_its_usage_on_request(worker: Worker) -> None:
+    wanted = body(max_tokens=3, stream=True, stream_options={"include_usage": True})
+    *chunks, usage, done = await worker.events(CHAT, wanted)
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert usage["choices"] == []
+    assert usage["usage"] == {
+        "prompt_tokens": 14,
+        "completion_tokens": 3,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def test_n_gives_independent_answers_that_the_seed_fixes(worker: Worker) -> None:
+    wanted = body(max_tokens=20, n=3, temperature=20.0, seed=7)
+    answer = await worker.answer(CHAT, wanted)
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert answer["usage"]["prompt_tokens"] == 14
+    assert answer["usage"]["completion_tokens"] == 60
+    again = await worker.events(CHAT, wanted | {"stream": True, "stream_options": {"include_usage": True}})
+    streamed = ["", "", ""]
+    for event in again[:-2]:
+        (choice,) = event["choices"]
+        streamed[choice["index"]] += choice["delta"]["content"]
+    assert streamed == texts
+    assert again[-2]["usage"] == answer["usage"]
+    assert sum(event["choices"][0]["finish_reason"] == "length" for event in again[:-2]) == 3
+
+
+async def test_too_many_choices_are_refused(worker: Worker) -> None:
+    message = "Number of prompts exceeds the maximum allowed batch size of 4"
+    for stream in (False, True):
+        response = await worker.post(CHAT, body(n=5, stream=stream))
+        assert response.status_code == 422
+        assert response.json() == {"error": message, "error_type": "batch size exceeded"}
+
+
+async def test_one_failing_choice_ends_all_with_one_error(start_worker: Callable[..., Any]) -> None:
+    letters = [FIRST_BYTE + 40] * 3
+    worker: Worker = await start_worker(ScriptedBackend([Script.of(*letters, then="fail")], byte_toy()))
+    response = await worker.post(CHAT, body(n=2))
+    assert response.status_code == 424
+    events = await worker.events(CHAT, body(n=2, stream=True))
+    assert events[-1] == "[DONE]"
+    assert events[-2]["error"]["http_status_code"] == 424
+    assert events[-2]["error"]["message"] == response.json()["error"]
+    assert all("choices" in event for event in events[:-2])
+    assert len(worker.services.generations) == 0
+
+
+async def test_temperature_zero_is_greedy_and_none_samples(worker: Worker) -> None:
+    greedy = {text_of(await worker.answer(CHAT, body(max_tokens=14, top_p=0.5, top_k=9))) for _ in range(2)}
+    assert greedy == {PROMPT}
+    drawn = {text_of(await worker.answer(CHAT, body(max_tokens=14, temperature=None))) for _ in range(4)}
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("neutral", [{"top_p": 1.0}, {"top_p": 1}, {"top_k": -1}, {"top_k": 0}, {"min_p": 0}])
+async def test_openais_neutral_values_are_accepted(worker: Worker, neutral: dict[str, Any]) -> None:
+    await worker.answer(CHAT, body(max_tokens=1, **neutral, temperature=0.7))
+
+
+async def test_null_means_not_given(worker: Worker) -> None:
+    names = [field.name for field in msgspec.structs.fields(ChatBody) if field.name not in ("messages", "temperature")]
+    given: dict[str, Any] = dict.fromkeys(names)
+    given["max_completion_tokens"] = 3
+    answer = await worker.answer(CHAT, body(**given))
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**64 - 1])
+async def test_any_64_bit_seed_is_accepted(worker: Worker, seed: int) -> None:
+    answers = {text_of(await worker.answer(CHAT, body(max_tokens=20, temperature=9.0, seed=seed))) for _ in range(2)}
+    assert len(answers) == 1
+
+
+async def test_penalties_are_the_models_own(worker: Worker) -> None:
+    # Every step's favourite is punished once it has been said, so the echo goes astray.
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        plain = text_of(await worker.answer(CHAT, body("a", max_tokens=30)))
+        punished = text_of(await worker.answer(CHAT, body("a", max_tokens=30, **{penalty: 2.0})))
+        assert plain != punished
+    assert "`presence_penalty` must be" in await worker.error(CHAT, body(presence_penalty=2.5))
+
+
+async def test_logit_bias_is_refused_by_an_engine_without_it(worker: Worker) -> None:
+    assert "does not support `logit_bias`" in await worker.error(CHAT, body(logit_bias={"5": 1}))
+    assert "names token 9999" in await worker.error(CHAT, body(logit_bias={"9999": 1}))
+
+
+async def test_stop_tokens_minimum_and_ignored_ends_are_honoured(worker: Worker) -> None:
+    answer = await worker.answer(CHAT, body("a</s>", max_tokens=20, ignore_eos=True))
+    assert answer["usage"]["completion_tokens"] == 20
+    assert text_of(answer).startswith("<user>a<bot>")
+    stopped = await worker.answer(CHAT, body("ab", stop_token_ids=[FIRST_BYTE + ord("a") - ord("!")]))
+    assert stopped["usage"]["completion_tokens"] == 7
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert "`min_new_tokens` must be <=" in await worker.error(CHAT, body(min_tokens=9, max_tokens=3))
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": "auto"},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}},
+        {"response_format": {"type": "json", "value": {"properties": {}}}},
+        {"audio": {"voice": "x"}},
+        {"modalities": ["text", "audio"]},
+        {"functions": [{}]},
+        {"function_call": "auto"},
+        {"web_search_options": {}},
+        {"reasoning_effort": "low"},
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_cannot_be_honoured_is_refused(worker: Worker, field: dict[str, Any], stream: bool) -> None:
+    message = await worker.error(CHAT, body(stream=stream, **field))
+    assert "not support" in message
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": []},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"response_format": {"type": "text"}},
+        {"modalities": ["text"]},
+        {"user": "me"},
+        {"metadata": {"a": "b"}, "store": False, "something_else": 1},
+    ],
+)
+async def test_what_changes_nothing_is_accepted(worker: Worker, field: dict[str, Any]) -> None:
+    assert text_of(await worker.answer(CHAT, body(max_tokens=14, **field))) == PROMPT
+
+
+async def test_a_template_that_refuses_is_a_template_error(
+    start_worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker: Worker = await start_worker()
+    strict = ChatTemplate({"default": "{{ raise_exception('roles must alternate') }}"}, {})
+    monkeypatch.setattr(worker.services, "chat_template", strict)
+    for stream in (False, True):
+        response = await worker.post(CHAT, body(stream=stream))
+        assert response.status_code == 422
+        assert response.json() == {"error": "Template error: roles must alternate", "error_type": "template_error"}
+    monkeypatch.setattr(worker.services, "chat_template", None)
+    assert (await worker.error(CHAT, body())).startswith("Template error: this model has no chat template")
+
+
+async def test_messages_are_needed(worker: Worker) -> None:
+    response = await worker.post(CHAT, {"messages": []})
+    assert response.json()["error"] == "Input validation error: `messages` cannot be empty"
+    response = await worker.post(CHAT, {"messages": [{"role": "user"}]})
+    assert response.status_code == 422
+    assert "a message needs `content` or `tool_calls`" in response.text
+
+
+async def test_two_contradicting_limits_are_rejected(worker: Worker) -> None:
+    response = await worker.post(CHAT, body(max_tokens=3, max_completion_tokens=4))
+    assert response.status_code == 422
+    assert "duplicate field `max_tokens`" in response.text
+
+
+async def test_headers_of_chat_tell_counts(worker: Worker) -> None:
+    response = await worker.post(CHAT, body(max_tokens=3, n=2))
+    assert response.headers["x-compute-characters"] == "14"
+    assert response.headers["x-generated-tokens"] == "6"
+    streamed = await worker.post(CHAT, body(max_tokens=3, stream=True))
+    assert streamed.headers["x-compute-characters"] == "14"
+
+
+async def test_an_engine_that_cannot_sample_refuses_what_does(start_worker: Callable[..., Any]) -> None:
+    features = ECHO_CAPABILITIES.features - {"sampling"}
+    worker: Worker = await start_worker(
+        EchoBackend(byte_toy(), capabilities=replace(ECHO_CAPABILITIES, features=features))
+    )
+    assert "does not support `sampling`" in await worker.error(CHAT, body(temperature=0.5))
+    await worker.answer(CHAT, body(max_tokens=1))

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tgi_gateway.testing.worker import FIRST_BYTE, Worker
+
+COMPLETIONS = "/v1/completions"
+
+
+def body(prompt: object = "abc", **parameters: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "temperature": 0} | parameters
+
+
+def texts(answer: Any) -> list[str]:
+    return [choice["text"] for choice in answer["choices"]]
+
+
+async def test_a_text_is_completed_in_openais_form(worker: Worker) -> None:
+    answer = await worker.answer(COMPLETIONS, body(max_tokens=4, model="tgi"))
+    assert answer.pop("id").startswith("cmpl-")
+    assert answer.pop("created") > 1.7e9
+    assert answer.pop("system_fingerprint")
+    assert answer == {
+        "object": "text_completion",
+        "model": "echo",
+        "choices": [{"index": 0, "text": "abca", "logprobs": None, "finish_reason": "length"}],
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 4,
+            "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+    }
+
+
+async def test_several_prompts_are_answered_in_their_order(worker: Worker) -> None:
+    answer = await worker.answer(COMPLETIONS, body(["abcdefgh", "x", "yz"], max_tokens=3))
+    assert texts(answer) == ["abc", "xxx", "yzy"]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert answer["usage"]["prompt_tokens"] == 11
+    assert answer["usage"]["completion_tokens"] == 9
+
+
+async def test_n_choices_of_each_prompt_stand_together_and_share_its_tokens(worker: Worker) -> None:
+    wanted = body(["ab", "cd"], n=2, max_tokens=2, echo=True)
+    answer = await worker.answer(COMPLETIONS, wanted)
+    assert texts(answer) == ["abab", "abab", "cdcd", "cdcd"]
+    assert answer["usage"]["prompt_tokens"] == 4
+    assert answer["usage"]["completion_tokens"] == 8
+    events = await worker.events(COMPLETIONS, wanted | {"stream": True, "stream_options": {"include_usage": True}})
+    assert events[-2]["usage"]["prompt_tokens"] == 4
+    assert events[-2]["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize("prompt", [[FIRST_BYTE + 40, FIRST_BYTE + 41], [[FIRST_BYTE + 40, FIRST_BYTE + 41]]])
+async def test_token_ids_are_a_prompt_too(worker: Worker, prompt: object) -> None:
+    answer = await worker.answer(COMPLETIONS, body(prompt, max_tokens=3, echo=True))
+    assert texts(answer) == ["IJIJI"]
+
+
+async def test_token_ids_outside_the_vocabulary_are_refused(worker: Worker) -> None:
+    assert "names token 4000000000" in await worker.error(COMPLETIONS, body([4_000_000_000]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "Empty array detected. Do not use an empty array for the prompt."),
+        (["a", 1], "mixes texts and token ids"),
+        ({"a": 1}, "Expected"),
+        (None, "Expected"),
+    ],
+)
+async def test_other_prompts_are_rejected(worker: Worker, prompt: object, message: str) -> None:
+    response = await worker.post(COMPLETIONS, body(prompt))
+    assert response.status_code == 422
+    assert response.text.startswith("Failed to deserialize the JSON body into the target type: ")
+    assert message in response.text
+
+
+@pytest.mark.parametrize("suffix", ["", "x"])
+async def test_a_suffix_is_refused_before_the_number_of_prompts(worker: Worker, suffix: str) -> None:
+    response = await worker.post(COMPLETIONS, body(["a"] * 9, suffix=suffix, stream=True))
+    assert response.status_code == 422
+    assert response.json() == {
+        "error": "Suffix is not supported and can be achieved by preprocessing the prompt.",
+        "error_type": "suffix not supported",
+    }
+
+
+async def test_too_many_prompts_are_refused(worker: Worker) -> None:
+    response = await worker.post(COMPLETIONS, body(["a"] * 5))
+    assert response.status_code == 422
+    assert response.json()["error"] == "Number of prompts exceeds the maximum allowed batch size of 4"
+
+
+async def test_a_stop_string_is_removed(worker: Worker) -> None:
+    answer = await worker.answer(COMPLETIONS, body("abcdef", stop=["de"]))
+    assert texts(answer) == ["abc"]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_logprobs_tell_tokens_and_offsets(worker: Worker) -> None:
+    wanted = body("ab</s>", logprobs=2)
+    (choice,) = (await worker.answer(COMPLETIONS, wanted))["choices"]
+    assert choice["text"] == "ab"
+    told = choice["logprobs"]
+    assert told["tokens"] == ["a", "b", "</s>"]
+    assert told["text_offset"] == [0, 1, 2]
+    assert all(value < 0 for value in told["token_logprobs"])
+    assert list(told["top_logprobs"][0]) == ["a", "b"]
+    events = await worker.events(COMPLETIONS, wanted | {"stream": True})
+    streamed = [event["choices"][0]["logprobs"] for event in events[:-1]]
+    assert [each["tokens"] for each in streamed] == [["a"], ["b"], ["</s>"]]
+    assert [each["text_offset"] for each in streamed] == [[0], [1], [2]]
+
+
+async def test_logprobs_zero_tells_no_alternatives(worker: Worker) -> None:
+    (choice,) = (await worker.answer(COMPLETIONS, body(max_tokens=1, logprobs=0)))["choices"]
+    assert choice["logprobs"]["top_logprobs"] is None
+    assert len(choice["logprobs"]["token_logprobs"]) == 1
+
+
+@pytest.mark.parametrize("field", [{"best_of": 2}, {"echo": True, "logprobs": 1}])
+async def test_what_cannot_be_honoured_is_refused(worker: Worker, field: dict[str, Any]) -> None:
+    for stream in (False, True):
+        assert "is not supported" in await worker.error(COMPLETIONS, body(stream=stream, **field))
+
+
+async def test_a_stream_ends_with_reason_usage_and_done(worker: Worker) -> None:
+    events = await worker.events(COMPLETIONS, body("ab", max_tokens=3, stream=True))
+    assert events[-1] == "[DONE]"
+    assert [texts(event) for event in events[:-1]] == [["a"], ["b"], ["a"]]
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1]] == [None, None, "length"]
+    assert ["usage" in event for event in events[:-1]] == [False, False, True]
+    assert events[-2]["usage"]["total_tokens"] == 5
+
+
+async def test_a_stream_tells_the_sum_of_its_usage_on_request(worker: Worker) -> None:
+    wanted = body(["ab", "c"], max_tokens=3, stream=True, stream_options={"include_usage": True})
+    *chunks, usage, done = await worker.events(COMPLETIONS, wanted)
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert (usage["choices"], usage["usage"]["prompt_tokens"], usage["usage"]["completion_tokens"]) == ([], 3, 6)
+    streamed = ["", ""]
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        streamed[choice["index"]] += choice["text"]
+    assert streamed == ["aba", "ccc"]
+
+
+async def test_a_stream_may_begin_with_the_prompt(worker: Worker) -> None:
+    events = await worker.events(COMPLETIONS, body("ab", max_tokens=1, stream=True, echo=True))
+    assert [texts(event) for event in events[:-1]] == [["ab"], ["a"]]
+
+
+async def test_a_special_token_is_no_text(worker: Worker) -> None:
+    answer = await worker.answer(COMPLETIONS, body("ab</s>"))
+    assert texts(answer) == ["ab"]
+    events = await worker.events(COMPLETIONS, body("ab</s>", stream=True))
+    assert [texts(event) for event in events[:-1]] == [["a"], ["b"], [""]]
+
+
+async def test_headers_are_sums_without_compute_time(worker: Worker) -> None:
+    response = await worker.post(COMPLETIONS, body(["abc", "de"], max_tokens=2))
+    assert response.headers["x-compute-characters"] == "5"
+    assert response.headers["x-prompt-tokens"] == "5"
+    assert response.headers["x-generated-tokens"] == "4"
+    assert "x-compute-time" not in response.headers
