@@ -63,6 +63,7 @@ def limits_of(runner: ToyRunner, **changes: int | bool) -> BatchLimits:
         "num_pages": runner.num_pages,
         "max_sequences": runner.max_sequences,
         "max_step_tokens": 16,
+        "max_input_tokens": 9_000,
         "max_total_tokens": 10_000,
     }
     return BatchLimits(**(values | changes))  # type: ignore[arg-type]
@@ -390,9 +391,18 @@ def test_a_request_that_cannot_be_set_up_fails_alone() -> None:
     assert loop.load.available_pages == runner.num_pages - 1
 
 
-@pytest.mark.parametrize("asked", [request(1, [], 3), request(1, [1], 0), request(1, [1] * 50, 60)])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        request(1, [], 3),
+        request(1, [1], 0),
+        request(1, [1] * 50, 60),
+        request(1, [1] * 91, 1),
+        request(1, [1 << 40], 1),
+    ],
+)
 def test_what_can_never_run_is_refused_at_once(asked: Request) -> None:
-    loop, ledger = make(ToyRunner(), max_total_tokens=100)
+    loop, ledger = make(ToyRunner(), max_total_tokens=100, max_input_tokens=90)
     loop.submit(asked)
     loop.turn()
     assert ledger.reason(1) == "validation"

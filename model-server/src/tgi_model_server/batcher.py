@@ -55,6 +55,8 @@ class BatchLimits:
     max_sequences: int
     max_step_tokens: int
     """Tokens of a step, unless decode rows alone are more."""
+    max_input_tokens: int
+    """Prompt of one sequence."""
     max_total_tokens: int
     """Prompt and output of one sequence."""
     chunked_prefill: bool = True
@@ -145,21 +147,22 @@ class Batcher:
             if request_id in self._open:
                 raise ValidationError(f"request id {request_id} is in use")
             self._check(request)
-            sequence = Sequence(
-                request,
-                (request.priority, self._arrivals),
-                arrived_s,
-                array("i", request.input_ids),
-                self._stops(request),
-            )
+            try:
+                tokens = array("i", request.input_ids)
+            except (OverflowError, TypeError):
+                raise ValidationError("the prompt holds a number that is no token id") from None
         except GatewayError as error:
-            self._events.failed.append(Failed(request_id, error.error_type, error.detail))
+            self.refuse(request_id, error)
             return
         rank = (request.priority, self._arrivals)
-        sequence = Sequence(request, rank, arrived_s, array("i", request.input_ids), self._stops(request))
+        sequence = Sequence(request, rank, arrived_s, tokens, self._stops(request))
         self._arrivals += 1
         self._open[request_id] = sequence
         insort(self._waiting, sequence, key=_rank)
+
+    def refuse(self, request_id: int, error: GatewayError) -> None:
+        """Tell that a request was not taken."""
+        self._events.failed.append(Failed(request_id, error.error_type, error.detail))
 
     def cancel(self, request_id: int) -> None:
         """End the request with `cancelled`; an unknown id has ended already."""
@@ -516,7 +519,7 @@ class Batcher:
 
     def _fail(self, sequence: Sequence, error: GatewayError) -> None:
         self._close(sequence)
-        self._events.failed.append(Failed(sequence.request.request_id, error.error_type, error.detail))
+        self.refuse(sequence.request.request_id, error)
 
     def _close(self, sequence: Sequence) -> None:
         sequence.state = "finished"
@@ -531,6 +534,10 @@ class Batcher:
             raise ValidationError("the prompt has no tokens; at least 1 is needed")
         if new < 1:
             raise ValidationError(f"`max_new_tokens` is {new}; it must be at least 1")
+        if prompt > self.limits.max_input_tokens:
+            raise ValidationError(
+                f"the prompt has {prompt} tokens; this engine takes at most {self.limits.max_input_tokens}"
+            )
         if prompt + new > self.limits.max_total_tokens:
             raise ValidationError(
                 f"{prompt} prompt tokens and `max_new_tokens` {new} are {prompt + new} tokens; this engine holds at "

@@ -66,11 +66,13 @@ class StepLoop:
         self._emit = emit
         self._in_flight: deque[tuple[Step, StepOutput]] = deque()
         self._failures = 0
-        # From other threads: submissions with their time, cancels as plain ids.
-        self._inbox: deque[tuple[Request, float] | int] = deque()
+        # From other threads: submissions with their time or with why they are refused, cancels as plain ids.
+        self._inbox: deque[tuple[Request, float | GatewayError] | int] = deque()
         self._wake = threading.Event()
         self._closed = threading.Event()
         """Nobody reads the inbox any more."""
+        self._closing = threading.RLock()
+        """Held to emit from other threads: never two emits at a time."""
         self._stop_at_s: float | None = None
         self._load = Load(0, 0, self.batcher.available_pages)
         self._thread = threading.Thread(target=self._main, name="step-loop", daemon=True)
@@ -78,10 +80,13 @@ class StepLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Queue the request; its events follow from the loop's thread."""
-        self._inbox.append((request, time.monotonic()))
-        self._wake.set()
+    def submit(self, request: Request, refused: GatewayError | None = None) -> None:
+        """Queue the request, or its refusal; its events follow from the loop's thread."""
+        now_s = time.monotonic()
+        self._inbox.append((request, refused or now_s))
+        if not self._wake.is_set():
+            self.last_progress_s = now_s
+            self._wake.set()
         if self._closed.is_set():
             self._refuse_inbox()
 
@@ -108,6 +113,11 @@ class StepLoop:
     def stats(self) -> BatchStats:
         """Counters since start; they change while one looks."""
         return self.batcher.stats
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything submitted from now on fails."""
+        return self._closed.is_set()
 
     @property
     def busy(self) -> bool:
@@ -151,7 +161,6 @@ class StepLoop:
         self._wake.clear()
         if not self._inbox and self._stop_at_s is None:
             self._wake.wait()
-            self.last_progress_s = time.monotonic()
 
     def has_work(self) -> bool:
         """Whether anything is open, in flight or submitted. For the loop's thread."""
@@ -163,8 +172,12 @@ class StepLoop:
             item = inbox.popleft()
             if isinstance(item, int):
                 self.batcher.cancel(item)
+                continue
+            request, arrived = item
+            if isinstance(arrived, GatewayError):
+                self.batcher.refuse(request.request_id, arrived)
             else:
-                self.batcher.add(*item)
+                self.batcher.add(request, arrived)
 
     def _start_step(self) -> bool:
         if self._in_flight and isinstance(self._in_flight[-1][1], _NotStarted):
@@ -226,20 +239,19 @@ class StepLoop:
         else:
             self.batcher.abandon(BackendFailed("the engine has stopped"))
         self._load = Load(0, 0, self.batcher.available_pages)
-        events = self.batcher.take_events()
-        if events:
-            self._emit(events)
-        self._refuse_inbox()
+        with self._closing:
+            events = self.batcher.take_events()
+            if events:
+                self._emit(events)
+            self._refuse_inbox()
 
     def _refuse_inbox(self) -> None:
         """Fail what was submitted to a closed loop. Each item is popped by exactly one thread."""
-        failed: list[Failed] = []
-        while True:
-            try:
+        with self._closing:
+            failed: list[Failed] = []
+            while self._inbox:
                 item = self._inbox.popleft()
-            except IndexError:
-                break
-            if not isinstance(item, int):
-                failed.append(Failed(item[0].request_id, Unhealthy.error_type, "the engine has stopped"))
-        if failed:
-            self._emit(StepEvents(failed=failed))
+                if not isinstance(item, int):
+                    failed.append(Failed(item[0].request_id, Unhealthy.error_type, "the engine has stopped"))
+            if failed:
+                self._emit(StepEvents(failed=failed))

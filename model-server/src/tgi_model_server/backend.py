@@ -1,0 +1,240 @@
+"""TorchBackend: the Backend of every torch device. An Engine, a step loop around it, and the limits they promise."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, EngineOptions, ModelInfo, refuse_unsupported
+from tgi_gateway.errors import GatewayError, ModelError, SettingsError, StartError, Unhealthy
+from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
+from tgi_model_server.batcher import BatchLimits
+from tgi_model_server.device import Device
+from tgi_model_server.engine import Engine, load_engine
+from tgi_model_server.loop import StepLoop
+
+log = logging.getLogger(__name__)
+
+PROBE_ID = (1 << 64) - 1
+"""Request id of the generation that `health` makes."""
+PROBE_TIMEOUT_S = 30.0
+STALL_S = 120.0
+"""A busy engine that finished no step for so long is not healthy."""
+WARM_UP_TOKENS = 32
+
+
+class TorchBackend(Backend):
+    """`device_factory` makes the Device; it is called in the thread that loads the model."""
+
+    def __init__(
+        self, device_factory: Callable[[], Device], options: EngineOptions, capabilities: Capabilities
+    ) -> None:
+        self._device_factory = device_factory
+        self._options = options
+        self._capabilities = capabilities
+        self._engine: Engine | None = None
+        self._loop: StepLoop | None = None
+        self._info: ModelInfo | None = None
+        self._probe: _Probe | None = None
+        self._probing = asyncio.Lock()
+        self._stopping = asyncio.Lock()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    async def start(self, emit: Emit) -> ModelInfo:
+        assert self._loop is None, "start() comes once"
+
+        def emit_without_probe(events: StepEvents) -> None:
+            probe = self._probe
+            if probe is not None:
+                events = probe.take_from(events)
+            if events:
+                emit(events)
+
+        engine, info, limits = await asyncio.to_thread(self._load)
+        self._engine, self._info = engine, info
+        self._loop = StepLoop(engine, limits, engine.eos_token_ids, emit_without_probe)
+        self._loop.start()
+        return info
+
+    def submit(self, request: Request) -> None:
+        try:
+            refuse_unsupported(request, self._capabilities)
+        except GatewayError as error:
+            self._running_loop.submit(request, error)
+        else:
+            self._running_loop.submit(request)
+
+    def cancel(self, request_id: int) -> None:
+        self._running_loop.cancel(request_id)
+
+    def capacity(self) -> Capacity:
+        loop, info = self._running_loop, self._info
+        assert info is not None
+        load = loop.load
+        return Capacity(
+            max_sequences=info.max_sequences,
+            free_sequences=max(info.max_sequences - load.running - load.waiting, 0),
+            total_kv_tokens=info.max_batch_total_tokens,
+            free_kv_tokens=min(load.available_pages * loop.limits.page_size, info.max_batch_total_tokens),
+            preemptions=loop.stats.preemptions,
+        )
+
+    async def health(self) -> None:
+        loop = self._loop
+        if loop is None:
+            raise Unhealthy("the engine has not started")
+        if loop.ended:
+            raise Unhealthy(loop.failure or "the engine has stopped")
+        if loop.busy:
+            silent_s = time.monotonic() - loop.last_progress_s
+            if silent_s > STALL_S:
+                raise Unhealthy(f"no step was done for {silent_s:.0f} s")
+            return
+        async with self._probing:
+            await self._generate_one(loop)
+
+    async def stop(self, drain_s: float) -> None:
+        async with self._stopping:
+            if self._loop is not None:
+                await asyncio.to_thread(self._loop.stop, drain_s)
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    @property
+    def _running_loop(self) -> StepLoop:
+        assert self._loop is not None, "start() comes first"
+        return self._loop
+
+    async def _generate_one(self, loop: StepLoop) -> None:
+        """One token from one token, through everything that a request goes through."""
+        if self._probe is not None and not self._probe.ended.is_set():
+            raise Unhealthy("an earlier generation of one token has not ended")
+        probe = self._probe = _Probe()
+        sampling, stop = SamplingParams(), StopRules(1, ignore_eos=True)
+        loop.submit(Request(PROBE_ID, (0,), sampling, stop, priority=-1))
+        try:
+            done = await asyncio.to_thread(probe.ended.wait, PROBE_TIMEOUT_S)
+            if not done:
+                loop.cancel(PROBE_ID)
+                raise Unhealthy(f"a generation of one token took more than {PROBE_TIMEOUT_S:.0f} s")
+            if probe.failed is not None:
+                raise Unhealthy(probe.failed.message)
+        finally:
+            if probe.ended.is_set():
+                self._probe = None
+
+    def _load(self) -> tuple[Engine, ModelInfo, BatchLimits]:
+        began_s = time.monotonic()
+        try:
+            engine = load_engine(self._device_factory(), self._options, _Progress())
+            info = model_info(engine, self._options)
+            limits = batch_limits(engine, info, self._options)
+            warm_up(engine, limits)
+        except StartError:
+            raise
+        except MemoryError as error:
+            raise ModelError("the model does not fit into memory. Use a smaller one or a smaller --dtype.") from error
+        except Exception as error:
+            raise StartError(f"the engine cannot start: {type(error).__name__}: {error}") from error
+        log.info("the engine has started in %.1f s", time.monotonic() - began_s)
+        return engine, info, limits
+
+
+def model_info(engine: Engine, options: EngineOptions) -> ModelInfo:
+    """The limits that this engine promises. Raises `SettingsError` for options that contradict it or each other."""
+    # Page 0 is for padding; a promise that counted it could not be kept.
+    pool_tokens = (engine.num_pages - 1) * engine.page_size
+    total = options.max_total_tokens or min(engine.limits.max_kv_len, pool_tokens)
+    if total > pool_tokens:
+        raise SettingsError(
+            f"--max-total-tokens is {total}, but the KV pool holds {pool_tokens} tokens. Lower it or raise "
+            "--max-batch-total-tokens."
+        )
+    if total < 2:
+        raise SettingsError(f"--max-total-tokens is {total}; a prompt and an answer need at least 2.")
+    longest_input = options.max_input_tokens or total - 1
+    if longest_input >= total:
+        raise SettingsError(
+            f"--max-input-tokens is {longest_input}; it must be less than --max-total-tokens, which is {total}."
+        )
+    return ModelInfo(
+        model_id=options.model_id,
+        max_input_tokens=longest_input,
+        max_total_tokens=total,
+        max_batch_total_tokens=pool_tokens,
+        max_batch_prefill_tokens=engine.limits.max_tokens - engine.limits.max_rows,
+        max_sequences=engine.max_sequences,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=engine.eos_token_ids,
+        dtype=engine.dtype,
+        device=engine.device_name,
+        model_type=engine.config.model_type,
+    )
+
+
+def batch_limits(engine: Engine, info: ModelInfo, options: EngineOptions) -> BatchLimits:
+    """What `info` promises, in the batcher's terms."""
+    return BatchLimits(
+        page_size=engine.page_size,
+        num_pages=engine.num_pages,
+        max_sequences=info.max_sequences,
+        max_step_tokens=info.max_batch_prefill_tokens,
+        max_input_tokens=info.max_input_tokens,
+        max_total_tokens=info.max_total_tokens,
+        chunked_prefill=options.prefill_chunking,
+        prefix_caching=options.prefix_caching,
+    )
+
+
+def warm_up(engine: Engine, limits: BatchLimits) -> None:
+    """Run a few short generations, so that the first request finds everything loaded. Raises `StartError`."""
+    failed: list[Failed] = []
+    loop = StepLoop(engine, limits, engine.eos_token_ids, lambda events: failed.extend(events.failed))
+    prompt = min(WARM_UP_TOKENS, limits.max_input_tokens)
+    new = min(3, limits.max_total_tokens - prompt)
+    for request_id in range(min(2, limits.max_sequences)):
+        loop.submit(Request(request_id, (0,) * prompt, SamplingParams(), StopRules(new, ignore_eos=True)))
+    while loop.has_work() and loop.turn():
+        pass
+    if failed or loop.failure:
+        raise StartError(f"the engine cannot generate: {loop.failure or failed[0].message}. The log says more.")
+
+
+class _Probe:
+    """Waits for the events of `health`'s own request, which nobody else should see."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.failed: Failed | None = None
+
+    def take_from(self, events: StepEvents) -> StepEvents:
+        """`events` without the probe's."""
+        ends: list[Finished | Failed] = [*events.finished, *events.failed]
+        if PROBE_ID not in events.request_ids and all(end.request_id != PROBE_ID for end in ends):
+            return events
+        self.failed = next((failed for failed in events.failed if failed.request_id == PROBE_ID), None)
+        if any(end.request_id == PROBE_ID for end in ends):
+            self.ended.set()
+        return StepEvents.pack(event for event in events.events() if event.request_id != PROBE_ID)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Logs how far the weights are, a line for each tenth but not more than one a second."""
+
+    next_tenth: int = 1
+    next_s: float = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenth, now_s = 10 * done // max(total, 1), time.monotonic()
+        if tenth >= self.next_tenth and (now_s >= self.next_s or done == total):
+            log.info("weights: %d of %d MiB", done >> 20, total >> 20)
+            self.next_tenth, self.next_s = tenth + 1, now_s + 1.0
