@@ -130,6 +130,8 @@ def _download(argv: list[str]) -> int:
             "Variables: HF_TOKEN for gated and private models, HF_ENDPOINT for another hub."
         )
         return 0 if argv else 2
+    import signal
+
     from tgi_gateway import hub
     from tgi_gateway.launcher.display import Display
     from tgi_gateway.settings import Settings
@@ -138,6 +140,13 @@ def _download(argv: list[str]) -> int:
     settings = Settings.parse(["--model-id", *argv], os.environ, flags_of=lambda _: ())
     log = logs.configure(settings.log_level, json_output=settings.json_output, stream=sys.stderr)
     with Display(log, stream=sys.stderr) as display:
+
+        def interrupted(*_: object) -> None:
+            # The hub's library would first wait for its threads, which may wait for a silent server.
+            display.__exit__(None, None, None)
+            os._exit(INTERRUPTED)
+
+        signal.signal(signal.SIGINT, interrupted)
         folder = hub.resolve(settings, report=display.bytes(f"Downloading {settings.model_id}"))
     print(folder)
     return 0
