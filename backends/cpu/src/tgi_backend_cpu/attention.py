@@ -40,7 +40,7 @@ class DecodeGroup:
     pages: torch.Tensor
     """int64 [rows * padded_len / PAGE_SIZE]"""
     mask: torch.Tensor
-    """[rows, 1, 1, padded_len]: 0 or -inf"""
+    """float32 [rows, 1, 1, padded_len]: 0 or -inf"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,9 @@ class Arrangement:
 class CpuAttentionPlan:
     """One step's rows; arranged once for each kind of layer, at its first layer."""
 
-    def __init__(self, plan: StepPlan, dtype: torch.dtype) -> None:
+    def __init__(self, plan: StepPlan) -> None:
         self.cache_slots = torch.tensor(plan.cache_slots(PAGE_SIZE), dtype=torch.int64)
         self._rows = list(zip(plan.query_lens, plan.kv_lens, [list(pages) for pages in plan.pages], strict=True))
-        self._dtype = dtype
         self._arrangements: dict[int | None, Arrangement] = {}
 
     def arrange(self, window: int | None) -> Arrangement:
@@ -106,7 +105,7 @@ class CpuAttentionPlan:
         hidden = keys >= lengths
         if window is not None:
             hidden |= keys < lengths - window
-        mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, float("-inf"))
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         return DecodeGroup(
             tokens=None if alone else torch.tensor([token for token, _, _ in rows], dtype=torch.int64),
             pages=torch.tensor([page for _, _, pages in rows for page in pages], dtype=torch.int64),
@@ -133,17 +132,15 @@ class CausalMasks:
     """Masks of prefill chunks as views into one band matrix per kind of layer, so that no step builds any."""
 
     def __init__(self) -> None:
-        self._bands: dict[tuple[int, int, int | None, torch.dtype], _Band] = {}
+        self._bands: dict[tuple[int, int, int | None], _Band] = {}
 
-    def view(
-        self, tokens: int, group: int, first_position: int, keys: int, window: int | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """[tokens * group, keys] of 0 and -inf: row r is the token at ``first_position + r // group``."""
+    def view(self, tokens: int, group: int, first_position: int, keys: int, window: int | None) -> torch.Tensor:
+        """float32 [tokens * group, keys] of 0 and -inf: row r is the token at ``first_position + r // group``."""
         block = block_tokens(first_position + tokens, group)
-        name = (block, group, window, dtype)
+        name = (block, group, window)
         band = self._bands.get(name)
         if band is None or band.origin < first_position:
-            band = self._bands[name] = _band(block, group, first_position, window, dtype)
+            band = self._bands[name] = _band(block, group, first_position, window)
         start = band.origin - first_position
         return band.values[: tokens * group, start : start + keys]
 
@@ -154,7 +151,7 @@ def block_tokens(kv_len: int, group: int) -> int:
     return max(1, rows // group)
 
 
-def _band(block: int, group: int, first_position: int, window: int | None, dtype: torch.dtype) -> _Band:
+def _band(block: int, group: int, first_position: int, window: int | None) -> _Band:
     origin = max(_BLOCK, 1 << (first_position - 1).bit_length())
     # Keys are padded past the block's last token by less than a kernel's block.
     columns = torch.arange(-origin, block + _BLOCK)[None, :]
@@ -162,12 +159,13 @@ def _band(block: int, group: int, first_position: int, window: int | None, dtype
     hidden = columns > rows
     if window is not None:
         hidden |= columns <= rows - window
-    return _Band(origin, torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")))
+    return _Band(origin, torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [B, kv_heads, R, D] over k, v [B, kv_heads, L, D] with mask [B, 1, R or 1, L]; [B, kv_heads, R, D]."""
-    if q.shape[2] == 1 and q.dtype != torch.float32:
-        # A matrix of one row takes another route in half precision, with other rounding.
-        return F.scaled_dot_product_attention(q.expand(-1, -1, 2, -1), k, v, attn_mask=mask, scale=scale)[:, :, :1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    """q [B, kv_heads, R, D] over k, v [B, kv_heads, L, D] with mask [B, 1, R or 1, L]; [B, kv_heads, R, D].
+
+    In float32 whatever the dtype: in half precision the kernel's rounding depends on the number of rows.
+    """
+    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, scale=scale)
+    return out.to(q.dtype)

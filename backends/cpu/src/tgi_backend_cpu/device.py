@@ -26,7 +26,7 @@ class CpuDevice:
     collective_backend = "gloo"
 
     def __init__(self, *, threads: int | None = None) -> None:
-        # Without it MKL, inside torch's attention, rounds differently for different numbers of rows. MKL reads it at its
+        # Without it MKL, inside the attention, rounds differently for different numbers of rows. MKL reads it at its
         # first use.
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         self.torch_device = torch.device("cpu")
@@ -49,10 +49,10 @@ class CpuDevice:
     def plan_attention(
         self,
         plan: StepPlan,
-        shape: AttentionShape,
+        shape: AttentionShape,  # noqa: ARG002
         layout: KVLayout,  # noqa: ARG002
     ) -> CpuAttentionPlan:
-        return CpuAttentionPlan(plan, shape.dtype)
+        return CpuAttentionPlan(plan)
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:  # noqa: ARG002
         return ()

@@ -109,7 +109,7 @@ class CpuOps(ReferenceOps):
             first = chunk.first_position + start
             length = padded_len(first + tokens)
             queries = q[start : start + tokens].view(tokens, kv_heads, group, head_dim).transpose(0, 1)
-            mask = self._masks.view(tokens, group, first, length, window, q.dtype)
+            mask = self._masks.view(tokens, group, first, length, window)
             attended = attend(
                 queries.reshape(1, kv_heads, tokens * group, head_dim),
                 keys[:, :, :length],

@@ -1,0 +1,38 @@
+"""Registers the CPU backend. Imports nothing heavy: listing backends must not load torch."""
+
+from __future__ import annotations
+
+import platform
+from importlib.util import find_spec
+
+from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, EngineOptions
+from tgi_gateway.hooks import hookimpl
+
+# oneDNN and MKL, as `ops` and `device` set them up, round a row the same way whatever stands beside it. Elsewhere torch
+# comes with other libraries, which nobody has measured.
+_EXACT = platform.machine().lower() in ("x86_64", "amd64")
+CAPABILITIES = Capabilities(
+    features=ALL_FEATURES - {"grammar", "lora"},
+    prefix_cache=True,
+    batch_invariant=_EXACT,
+    tolerance=0.0 if _EXACT else 0.05,
+)
+
+
+def create(options: EngineOptions) -> Backend:
+    """The torch engine on this machine's cores."""
+    from tgi_backend_cpu.device import CpuDevice
+    from tgi_model_server.backend import TorchBackend
+
+    return TorchBackend(CpuDevice, options, CAPABILITIES)
+
+
+def missing() -> str | None:
+    if find_spec("torch") is None:
+        return "torch is not installed: pip install 'tgi-gateway[cpu]'"
+    return None
+
+
+@hookimpl
+def tgi_backend() -> BackendPlugin:
+    return BackendPlugin("cpu", "PyTorch on CPU cores: the reference", CAPABILITIES, create, missing)
