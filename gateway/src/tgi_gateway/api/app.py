@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -81,8 +82,7 @@ def create_app(services: Services) -> FastAPI:
         allow_headers=["content-type", "authorization"],
         expose_headers=EXPOSED_HEADERS,
     )
-    document = openapi.description(app)
-    app.openapi = lambda: document  # type: ignore[method-assign]
+    app.openapi = cache(lambda: openapi.description(app))  # type: ignore[method-assign]
     return app
 
 

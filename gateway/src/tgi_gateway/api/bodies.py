@@ -302,16 +302,31 @@ def decode(raw: bytes, kind: type[Body], *, strict: bool = False) -> Body:
     try:
         body: Body = _decoder(kind).decode(raw)
     except msgspec.ValidationError as error:
+        _plain(raw)  # found at the first wrong value: what comes after it may be no JSON at all
         raise Rejection(422, f"Failed to deserialize the JSON body into the target type: {error}") from None
-    except msgspec.DecodeError as error:
-        raise Rejection(400, f"Failed to parse the request body as JSON: {error}") from None
-    except UnicodeDecodeError as error:
-        raise Rejection(400, f"Failed to parse the request body as JSON: invalid UTF-8 ({error.reason})") from None
-    except RecursionError:
-        raise Rejection(400, "Failed to parse the request body as JSON: recursion limit exceeded") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _no_json(error) from None
     if strict:
-        _refuse_unknown(msgspec.json.decode(raw), kind, "$")
+        _refuse_unknown(_plain(raw), kind, "$")
     return body
+
+
+def _plain(raw: bytes) -> object:
+    try:
+        return msgspec.json.decode(raw)
+    except msgspec.ValidationError:
+        return None  # a number out of range is still JSON
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _no_json(error) from None
+
+
+def _no_json(error: Exception) -> Rejection:
+    text = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        text = f"invalid UTF-8 ({error.reason})"
+    elif isinstance(error, RecursionError):
+        text = "recursion limit exceeded"
+    return Rejection(400, f"Failed to parse the request body as JSON: {text}")
 
 
 def _refuse_unknown(value: object, kind: object, where: str) -> None:

@@ -68,7 +68,6 @@ class EventStream(Response):
         *,
         tail: bytes = b"",
         failed: Callable[[Exception], None] = lambda _: None,
-        keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
         super().__init__(headers={"content-type": "text/event-stream"})
         del self.headers["content-length"]
@@ -77,7 +76,7 @@ class EventStream(Response):
         self._extra = headers
         self._tail = tail
         self._failed = failed
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive_s = KEEP_ALIVE_S
         self._started = False
         self._busy = False
         """A chunk is being sent."""
@@ -88,8 +87,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         self._quiet_since = loop.time()
-        alive = loop.call_later(self._keep_alive_s, self._tick, loop, send)
-        self._timer = alive
+        self._timer = loop.call_later(self._keep_alive_s, self._tick, loop, send)
         try:
             await unless_gone(receive, self._run(scope, receive, send))
         except ClientGone as gone:
