@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, EngineOptions, ModelInfo, refuse_unsupported
 from tgi_gateway.errors import GatewayError, ModelError, SettingsError, StartError, Unhealthy
+from tgi_gateway.telemetry import logs
 from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
 from tgi_model_server.batcher import BatchLimits
 from tgi_model_server.device import Device
@@ -228,13 +229,12 @@ class _Probe:
 
 @dataclass(slots=True)
 class _Progress:
-    """Logs how far the weights are, a line for each tenth but not more than one a second."""
+    """Tells how far the weights are, often enough for a moving bar; the launcher decides what is shown."""
 
-    next_tenth: int = 1
     next_s: float = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        tenth, now_s = 10 * done // max(total, 1), time.monotonic()
-        if tenth >= self.next_tenth and (now_s >= self.next_s or done == total):
-            log.info("weights: %d of %d MiB", done >> 20, total >> 20)
-            self.next_tenth, self.next_s = tenth + 1, now_s + 1.0
+        now_s = time.monotonic()
+        if now_s >= self.next_s or done == total:
+            logs.progress(log, "Loading weights", done / max(total, 1))
+            self.next_s = now_s + 0.2
