@@ -1,0 +1,215 @@
+"""Which rows a step gets, in which order, on which pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from tgi_gateway.types import Request, SamplingParams, StepEvents, StopRules
+from tgi_model_server.batcher import Batcher, BatchLimits, Step
+from tgi_model_server.plan import PREVIOUS_TOKEN, StepResult
+
+
+class Slots:
+    """Remembers who is in which slot."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.log: list[tuple[int, list[int]]] = []
+
+    def admit(self, slot: int, request: Request, output_ids: Seq[int]) -> None:
+        assert slot not in self.held
+        self.held[slot] = request.request_id
+        self.log.append((request.request_id, list(output_ids)))
+
+    def release(self, slot: int) -> None:
+        del self.held[slot]
+
+
+def make(**changes: int | bool) -> tuple[Batcher, Slots]:
+    values: dict[str, int | bool] = {
+        "page_size": 4,
+        "num_pages": 101,
+        "max_sequences": 4,
+        "max_step_tokens": 16,
+        "max_input_tokens": 300,
+        "max_total_tokens": 400,
+    }
+    slots = Slots()
+    return Batcher(BatchLimits(**(values | changes)), slots, [2]), slots  # type: ignore[arg-type]
+
+
+def add(batcher: Batcher, request_id: int, prompt: list[int], new: int = 10, **fields: object) -> None:
+    batcher.add(Request(request_id, tuple(prompt), SamplingParams(), StopRules(new), **fields), 0.0)  # type: ignore[arg-type]
+
+
+def planned(batcher: Batcher) -> Step:
+    step = batcher.plan()
+    assert step is not None
+    return step
+
+
+def finish(batcher: Batcher, step: Step, token: int = 7) -> StepEvents:
+    rows = len(step.sampled)
+    targets = {row: [-1.0] * len(wanted) for row, wanted in step.plan.prompt_targets.items()}
+    batcher.complete(step, StepResult([token] * rows, [0.0] * rows, prompt_logprobs=targets))
+    batcher.check()
+    return batcher.take_events()
+
+
+def ids(step: Step) -> list[int]:
+    return [sequence.request.request_id for sequence in step.rows]
+
+
+def test_decode_rows_come_first_then_running_prefills_then_newcomers() -> None:
+    batcher, _ = make()
+    add(batcher, 1, [11] * 5)
+    finish(batcher, planned(batcher))
+    add(batcher, 2, [12] * 20)
+    finish(batcher, planned(batcher))
+    add(batcher, 3, [13] * 30)
+    step = planned(batcher)
+    assert ids(step) == [1, 2, 3]
+    assert step.plan.query_lens == [1, 5, 10]
+    assert step.plan.kv_lens == [7, 20, 10]
+    assert step.plan.sample_rows == [0, 1]
+    assert step.plan.num_tokens == 16
+    assert step.plan.token_ids == [7, *[12] * 5, *[13] * 10]
+
+
+def test_a_plan_ahead_of_the_result_says_previous_token() -> None:
+    batcher, _ = make()
+    add(batcher, 1, [11] * 5, new=2)
+    first = planned(batcher)
+    second = planned(batcher)
+    assert second.plan.token_ids == [PREVIOUS_TOKEN]
+    assert second.plan.output_lens == [1]
+    assert batcher.plan() is None, "max_new_tokens are on their way: no third row"
+    finish(batcher, first)
+    events = finish(batcher, second)
+    assert [end.reason for end in events.finished] == ["length"]
+
+
+def test_pages_and_slot_of_a_sequence_in_flight_come_back_only_with_its_step() -> None:
+    batcher, slots = make(prefix_caching=False)
+    add(batcher, 1, [11] * 5)
+    first, second = planned(batcher), planned(batcher)
+    finish(batcher, first, token=2)
+    assert batcher.pages.free_pages < batcher.pages.total
+    assert slots.held
+    assert batcher.available_pages == batcher.pages.total
+    finish(batcher, second)
+    assert batcher.pages.free_pages == batcher.pages.total
+    assert not slots.held
+    assert batcher.stats.surplus_tokens == 1
+
+
+def test_eos_is_allowed_once_min_new_tokens_exist() -> None:
+    batcher, _ = make()
+    batcher.add(Request(1, (5,), SamplingParams(), StopRules(5, min_new_tokens=2)), 0.0)
+    allowed = []
+    for _ in range(4):
+        step = planned(batcher)
+        allowed += step.plan.allow_eos
+        finish(batcher, step)
+    assert allowed == [False, False, True, True]
+
+
+def test_a_prompt_is_cut_by_the_budget_and_sampled_in_its_last_chunk() -> None:
+    batcher, _ = make()
+    add(batcher, 1, list(range(3, 43)))
+    lens, sampled = [], []
+    for _ in range(3):
+        step = planned(batcher)
+        lens += step.plan.query_lens
+        sampled.append(step.plan.sample_rows)
+        finish(batcher, step)
+    assert lens == [16, 16, 8]
+    assert sampled == [[], [], [0]]
+
+
+def test_without_chunked_prefill_only_prompts_over_the_budget_are_cut() -> None:
+    batcher, _ = make(chunked_prefill=False)
+    add(batcher, 1, [11] * 10)
+    add(batcher, 2, [12] * 10)
+    step = planned(batcher)
+    assert ids(step) == [1]
+    finish(batcher, step)
+    step = planned(batcher)
+    assert ids(step) == [1, 2]
+    assert step.plan.query_lens == [1, 10]
+    finish(batcher, step)
+    add(batcher, 3, [13] * 30)
+    step = planned(batcher)
+    assert step.plan.query_lens == [1, 1, 14]
+
+
+def test_prompt_targets_are_the_tokens_that_follow() -> None:
+    batcher, _ = make()
+    add(batcher, 1, list(range(10, 30)), prefill_logprobs=True)
+    first = planned(batcher)
+    assert first.plan.prompt_targets == {0: list(range(11, 27))}
+    finish(batcher, first)
+    second = planned(batcher)
+    assert second.plan.prompt_targets == {0: list(range(27, 30))}
+    finish(batcher, second)
+    assert planned(batcher).plan.prompt_targets == {}
+
+
+def test_the_youngest_is_preempted_and_comes_back_with_its_output_before_newer_ones() -> None:
+    batcher, slots = make(num_pages=1 + 8, prefix_caching=False)
+    add(batcher, 1, [11] * 7, new=20)
+    add(batcher, 2, [12] * 7, new=20)
+    while not batcher.stats.preemptions:
+        finish(batcher, planned(batcher))
+    assert [sequence.request.request_id for sequence in batcher if sequence.state == "waiting"] == [2]
+    add(batcher, 3, [13] * 7, new=20)
+    while batcher.running or batcher.waiting:
+        finish(batcher, planned(batcher))
+    entered = [request_id for request_id, _ in slots.log]
+    assert entered[:3] == [1, 2, 2]
+    assert entered.index(3) > 2
+    again = slots.log[2][1]
+    assert again
+    assert set(again) == {7}
+
+
+def test_the_oldest_sequence_gets_every_page_it_needs() -> None:
+    batcher, _ = make(num_pages=1 + 10, max_sequences=4, max_step_tokens=64)
+    for request_id in range(1, 5):
+        add(batcher, request_id, [10 + request_id] * 3, new=37)
+    ended: list[int] = []
+    steps = 0
+    while batcher.running or batcher.waiting:
+        step = planned(batcher)
+        oldest = min(sequence.request.request_id for sequence in batcher)
+        assert oldest in ids(step)
+        ended += [end.request_id for end in finish(batcher, step).finished]
+        steps += 1
+        assert steps < 500
+    assert ended == [1, 2, 3, 4]
+
+
+def test_a_lower_priority_is_preempted_before_an_older_request() -> None:
+    batcher, _ = make(num_pages=1 + 8)
+    add(batcher, 1, [11] * 7, new=20, priority=1)
+    add(batcher, 2, [12] * 7, new=20, priority=0)
+    while not batcher.stats.preemptions:
+        finish(batcher, planned(batcher))
+    assert [sequence.request.request_id for sequence in batcher if sequence.state == "waiting"] == [1]
+
+
+def test_newcomers_leave_the_running_ones_room_to_grow() -> None:
+    batcher, _ = make(num_pages=1 + 10)
+    add(batcher, 1, [11] * 15, new=20)
+    finish(batcher, planned(batcher))
+    add(batcher, 2, [12] * 11, new=20)  # 3 pages, of 6 that are free and 4 that are kept back
+    assert ids(planned(batcher)) == [1]
+    add(batcher, 3, [13] * 3, new=20)
+    assert batcher.waiting == 2, "nobody overtakes"
+
+
+def test_a_request_id_in_use_is_refused() -> None:
+    batcher, _ = make()
+    add(batcher, 1, [11])
+    add(batcher, 1, [12])
+    assert [failed.error_type for failed in batcher.take_events().failed] == ["validation"]
