@@ -138,6 +138,7 @@ class TorchBackend(Backend):
             engine = load_engine(self._device_factory(), self._options, _Progress())
             info = model_info(engine, self._options)
             limits = batch_limits(engine, info, self._options)
+            logs.progress(log, "Warming up", None)
             warm_up(engine, limits)
         except StartError:
             raise
