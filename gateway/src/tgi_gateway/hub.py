@@ -55,7 +55,10 @@ def demo_model() -> Path:
             "no model was named. Add --model-id with a folder or a hub id, or install the demo model: "
             'pip install "tgi-gateway[demo]"'
         ) from None
-    return Path(module.model_path())
+    try:
+        return Path(module.model_path())
+    except FileNotFoundError as error:  # a checkout whose weights have not been trained
+        raise ModelError(f"the demo model is not here: {error} Or name a model with --model-id") from error
 
 
 def check_folder(folder: Path, *, needs_weights: bool) -> None:

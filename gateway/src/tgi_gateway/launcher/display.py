@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -28,6 +29,7 @@ class Display:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._phase = ""
+        self._share: float | None = None
         self._shown_at = -PLAIN_EVERY_S
         if stream.isatty() and not json_output:
             self._bar = Progress(
@@ -56,18 +58,26 @@ class Display:
         share = float(fraction) if isinstance(fraction, (int, float)) else None
         if self._bar is not None:
             self._move_bar(line.message, share)
-        elif line.message != self._phase or share == 1.0 or time.monotonic() - self._shown_at >= PLAIN_EVERY_S:
+        elif self._is_news(line.message, share):
             self._shown_at = time.monotonic()
-            self._log.write(line)
-        self._phase = line.message
+            self._log.write(line if share is None else replace(line, message=f"{line.message}: {share:.0%}"))
+        self._phase, self._share = line.message, share
 
     def bytes(self, phase: str) -> Callable[[int, int], None]:
         """A `hub.Report` that shows a download."""
 
         def report(here: int, total: int) -> None:
-            self.update(Line.now(phase, "tgi_gateway.hub", fields={"phase": phase, "progress": here / max(total, 1)}))
+            share = round(here / max(total, 1), 3)
+            self.update(Line.now(phase, "tgi_gateway.hub", fields={"phase": phase, "progress": share}))
 
         return report
+
+    def _is_news(self, phase: str, share: float | None) -> bool:
+        if phase != self._phase:
+            return True
+        return (share == 1.0) > (self._share == 1.0) or (
+            share != self._share and time.monotonic() - self._shown_at >= PLAIN_EVERY_S
+        )
 
     def _move_bar(self, phase: str, share: float | None) -> None:
         assert self._bar is not None

@@ -42,7 +42,7 @@ def span(name: str, /, **values: object) -> dict[str, Any]:
 
 def progress(logger: logging.Logger, phase: str, fraction: float | None) -> None:
     """Tell how far start-up has come, 0 to 1, or None if unknown; the launcher turns these lines into a display."""
-    share = {} if fraction is None else {"progress": min(max(fraction, 0.0), 1.0)}
+    share = {} if fraction is None else {"progress": round(min(max(fraction, 0.0), 1.0), 3)}
     logger.info(phase, extra=fields(phase=phase, **share))
 
 
