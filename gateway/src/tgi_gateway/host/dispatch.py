@@ -8,6 +8,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -57,6 +58,8 @@ class StepReport:
     """After the step."""
     failures: int = 0
     """Requests that failed."""
+    tokens_per_request: tuple[int, ...] = ()
+    """Where speculation gave a request several tokens: what each got. Empty: one each."""
 
 
 class HostObserver(Protocol):
@@ -348,9 +351,13 @@ class Dispatch:
         if events:
             self._emit(events)
             if self._observer is not None:
-                decodes = len(events.request_ids) - prefills
+                rows = len(events.request_ids)
+                decodes = rows - prefills
+                several = tuple(Counter(events.request_ids).values()) if len(set(events.request_ids)) < rows else ()
                 with self._observer_lock:
-                    self._observer.stepped(StepReport(duration_s, prefills, decodes, stats, len(events.failed)))
+                    self._observer.stepped(
+                        StepReport(duration_s, prefills, decodes, stats, len(events.failed), several)
+                    )
         if waiting:
             self._admit()
 
