@@ -91,22 +91,39 @@ def test_a_generation_is_told_under_tgis_names() -> None:
         "tgi_request_generated_tokens_sum": 4,
         "tgi_request_input_length_sum": 10,
         "tgi_request_max_new_tokens_sum": 50,
-        "tgi_request_skipped_tokens_count": 4,
-        "tgi_request_skipped_tokens_sum": 0,
         "tgi_prompt_tokens": 10,
         "tgi_prefix_cache_hit_tokens": 4,
     }.items():
         assert told[name, ()] == pytest.approx(value), name
 
 
-def test_tokens_of_one_step_count_as_skipped() -> None:
+def test_tokens_that_come_together_have_no_gap() -> None:
     metrics, requests = request_metrics()
     requests.success(generation([2.0, 2.0, 2.0, 3.0, 4.0, 4.0]), arrived_at=1.0)
     told = parsed(metrics.render())
-    assert told["tgi_request_skipped_tokens_count", ()] == 3
-    assert told["tgi_request_skipped_tokens_sum", ()] == 3
-    assert told["tgi_request_skipped_tokens_bucket", (("le", "1.0"),)] == 2
+    assert told["tgi_request_inter_token_duration_count", ()] == 5
     assert told["tgi_request_inter_token_duration_bucket", (("le", repr(DURATIONS[0])),)] == 3
+
+
+def test_tokens_beyond_the_first_of_a_step_count_as_skipped() -> None:
+    metrics = Metrics()
+    host = host_metrics(metrics)
+    host.stepped(StepReport(0.1, 1, 3, HostStats(0, 4, 9)))
+    host.stepped(StepReport(0.1, 0, 6, HostStats(0, 3, 15), tokens_per_request=(3, 1, 2)))
+    told = parsed(metrics.render())
+    assert told["tgi_request_skipped_tokens_count", ()] == 7
+    assert told["tgi_request_skipped_tokens_sum", ()] == 3
+    assert told["tgi_request_skipped_tokens_bucket", (("le", "0.0"),)] == 5
+
+
+def test_an_engine_that_cannot_tell_its_capacity_harms_no_step() -> None:
+    def fails() -> Capacity:
+        raise RuntimeError("engine is gone")
+
+    metrics = Metrics()
+    host = HostMetrics(metrics, max_batch_total_tokens=10, capacity=fails)
+    host.stepped(StepReport(0.1, 0, 1, HostStats(0, 0, 0)))
+    assert parsed(metrics.render())["tgi_generated_tokens", ()] == 1
 
 
 def test_a_generation_without_tokens_has_no_first_token_time() -> None:

@@ -11,6 +11,7 @@ processes: a registry's own observe() would cost more than the rest of a token's
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -26,6 +27,8 @@ from prometheus_client.utils import floatToGoString
 from tgi_gateway.api.generation import Generation
 from tgi_gateway.backend import Capacity
 from tgi_gateway.host.dispatch import HostStats, StepReport
+
+log = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -181,7 +184,6 @@ class RequestMetrics:
         self._max_new_tokens = self._tally(
             "max_new_tokens", "Tokens that a generation may have", linear(max_total_tokens)
         )
-        self._skipped = self._tally("skipped_tokens", "Tokens beyond the first that one step gave a request", SKIPPED)
         metrics.on_render(self.flush)
 
     def _tally(self, name: str, text: str, bounds: Sequence[float]) -> Tally:
@@ -221,24 +223,10 @@ class RequestMetrics:
         self.inter_token(generation.gaps_s)
 
     def inter_token(self, gaps_s: Sequence[float]) -> None:
-        """Seconds between the tokens of one generation; 0.0 between tokens of the same step."""
+        """Seconds between the tokens of one generation; 0.0 between tokens that came together."""
         with self._lock:
             self._inter_token.extend(gaps_s)
-            if 0.0 in gaps_s:
-                self._add_skipped(gaps_s)
-            else:
-                self._skipped.add(0, len(gaps_s) + 1)
         self._flush_soon()
-
-    def _add_skipped(self, gaps_s: Sequence[float]) -> None:
-        together = 0
-        for gap_s in gaps_s:
-            if gap_s:
-                self._skipped.add(together)
-                together = 0
-            else:
-                together += 1
-        self._skipped.add(together)
 
     def exposition(self) -> tuple[bytes, str]:
         """(what /metrics answers, its content type); from any thread."""
@@ -294,6 +282,9 @@ class HostMetrics:
         self._preemptions = metrics.counter("tgi_preemptions", "Sequences that lost their KV pages and started anew")
         self._generated = metrics.counter("tgi_generated_tokens", "Tokens that the engine has generated")
         self._next_size = metrics.tally("tgi_batch_next_size", "Requests that entered the engine together", BATCH_SIZES)
+        self._skipped = metrics.tally(
+            "tgi_request_skipped_tokens", "Tokens beyond the first that a step gave a request", SKIPPED
+        )
         by_method = ["method"]
         counts = metrics.counter("tgi_batch_inference_count", "Steps of the engine", by_method)
         successes = metrics.counter("tgi_batch_inference_success", "Steps without a failed request", by_method)
@@ -335,7 +326,12 @@ class HostMetrics:
         with self._lock:
             self._stats = report.stats
             self._methods["prefill" if report.prefills else "decode"].add(report.duration_s, report.failures)
-            self._pending_tokens += report.prefills + report.decodes
+            tokens = report.prefills + report.decodes
+            self._pending_tokens += tokens
+            if report.tokens_per_request:
+                self._skipped.extend(got - 1 for got in report.tokens_per_request)
+            else:
+                self._skipped.add(0, tokens)
             # An idle engine has no later step that would bring the last values out.
             if self._metrics.shared and (now - self._flushed_at >= FLUSH_S or not report.stats.running):
                 self._flush(now)
@@ -351,6 +347,7 @@ class HostMetrics:
         self._generated.inc(self._pending_tokens)
         self._pending_tokens = 0
         self._next_size.flush()
+        self._skipped.flush()
         for method in self._methods.values():
             method.flush()
         if now - self._sampled_at >= _SAMPLE_CAPACITY_S or not self._stats.running:
@@ -363,7 +360,11 @@ class HostMetrics:
         self._batch_tokens.set(self._stats.batch_tokens)
 
     def _sample_capacity(self) -> None:
-        capacity = self._capacity()
+        try:
+            capacity = self._capacity()
+        except Exception:  # an observer must not raise; the host reports the same when it admits
+            log.debug("the engine could not tell its capacity", exc_info=True)
+            return
         self._kv_total.set(capacity.total_kv_tokens)
         self._kv_used.set(capacity.total_kv_tokens - capacity.free_kv_tokens)
         self._preemptions.inc(max(capacity.preemptions - self._preempted_before, 0))
