@@ -147,6 +147,16 @@ class ContractBase:
         prompt = self.prompt(engine, 8, seed)
         return self.request(prompt, engine.model.max_total_tokens - len(prompt))
 
+    def together(self, engine: Engine, *requests: Request) -> list[Answer]:
+        """All requests as one: they come in while the engine waits for the gateway to take a step's events."""
+        running = engine.submit(self.long_request(engine, 999))
+        engine.wait_tokens(running, 1)
+        with engine.held_emit(running):
+            engine.cancel(running.request.request_id)
+            answers = [engine.submit(request) for request in requests]
+        engine.wait_ended(running)
+        return answers
+
     def check_served(self, answer: Answer, rule: Rule) -> None:
         """It finished by its own rules, whole."""
         ending, wanted = answer.ending, answer.request.stop.max_new_tokens

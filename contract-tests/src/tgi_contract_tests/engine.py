@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tgi_contract_tests.rules import Rule, broken, demand
 from tgi_gateway.backend import Backend, Capacity, ModelInfo
-from tgi_gateway.errors import Unhealthy
+from tgi_gateway.errors import GatewayError, Unhealthy
 from tgi_gateway.types import Event, Failed, Finished, Request, StepEvents, Token
 
 T = TypeVar("T")
@@ -65,8 +66,11 @@ class Engine:
         self._model: ModelInfo | None = None
         self._changed = threading.Condition()
         self._emitting = threading.Lock()
-        self._open_gate = threading.Event()
-        self._open_gate.set()
+        self._gate = threading.Event()
+        """Closed while `held_emit`."""
+        self._gate.set()
+        self._held = threading.Event()
+        """An emit waits at the closed gate."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._turn, daemon=True, name="backend-under-test")
         self._thread.start()
@@ -103,11 +107,14 @@ class Engine:
     def wait_for(self, work: Awaitable[T], rule: Rule, name: str, extra_s: float = 0.0) -> T:
         """Await in the backend's loop, but not for ever."""
         future = asyncio.run_coroutine_threadsafe(_coroutine(work), self._loop)
-        try:
-            return future.result(self.patience_s + extra_s)
-        except TimeoutError:
+        done, _ = futures.wait([future], self.patience_s + extra_s)
+        if not done:
             future.cancel()
             broken(rule, f"`{name}` did not return within {self.patience_s + extra_s:g} s")
+        error = future.exception()
+        if error is not None and not isinstance(error, GatewayError):
+            broken(rule, f"`{name}` raised {error!r}")
+        return future.result()
 
     # Requests.
 
@@ -183,20 +190,23 @@ class Engine:
             time.sleep(0.001)
 
     @contextmanager
-    def held_emit(self) -> Iterator[None]:
-        """Inside, `emit` does not return: the gateway is busy."""
-        self._open_gate.clear()
+    def held_emit(self, running: Answer) -> Iterator[None]:
+        """Inside, the `emit` of a step of `running` does not return: the gateway is busy."""
+        self._held.clear()
+        self._gate.clear()
         try:
+            while not running.ended and not self._held.wait(0.001):
+                pass
             yield
         finally:
-            self._open_gate.set()
+            self._gate.set()
 
     @property
     def is_clean(self) -> bool:
         """Whether the next test may use it: nothing open, nothing held, healthy."""
         if not all(answer.ended for answer in self.answers.values()):
             return False
-        deadline = time.monotonic() + min(1.0, self.patience_s)
+        deadline = time.monotonic() + min(0.5, self.patience_s)
         while not self._is_whole():
             if time.monotonic() > deadline:
                 return False
@@ -212,7 +222,9 @@ class Engine:
     def _emit(self, step: StepEvents) -> None:
         alone = self._emitting.acquire(blocking=False)
         try:
-            self._open_gate.wait(self.patience_s)
+            if not self._gate.is_set():
+                self._held.set()
+                self._gate.wait(2 * self.patience_s)
             with self._changed:
                 self.overlaps += not alone
                 self.steps.append(step)

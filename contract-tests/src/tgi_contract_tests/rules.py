@@ -35,7 +35,7 @@ RULES: dict[Rule, str] = {
     "events": "`emit` gets well-formed steps, one at a time, that name only open requests",
     "counts": "the Usage of a Finished agrees with the prompt and with the tokens that were emitted",
     "limits": "what exceeds the limits in ModelInfo ends in Failed(validation); what just fits is served whole",
-    "stop-rules": "length comes first, then end-of-sequence and stop tokens, which are emitted and end in `eos_token`",
+    "stop-rules": "length comes first, then end-of-sequence, then stop tokens (`stop_sequence`); all are emitted",
     "determinism": "the same greedy request gives the same tokens each time",
     "sampling": "a declared sampling parameter does what SamplingParams says; the same seed gives the same tokens",
     "isolation": "neither the tokens nor the failure of a request depend on, or touch, who shares the batch",

@@ -69,8 +69,6 @@ class Lifecycle(ContractBase):
             engine.start()
         except StartError:
             return
-        except Exception as error:
-            broken("lifecycle", f"a model folder that does not exist raised {error!r}, not StartError or a child of it")
         close(engine)
         broken("lifecycle", "the engine started on a model folder that does not exist")
 

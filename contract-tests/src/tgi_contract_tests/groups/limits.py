@@ -54,7 +54,9 @@ class Limits(ContractBase):
             self.request(self.prompt(engine, engine.model.max_input_tokens + 1)),
             self.request((*self.prompt(engine), engine.model.vocab_size)),
         ]
-        first, *_, last = engine.run(self.again(good[0]), *bad, self.again(good[1]))
+        answers = self.together(engine, self.again(good[0]), *bad, self.again(good[1]))
+        engine.wait_ended(*answers)
+        first, *_, last = answers
         for before, beside in zip(alone, (first, last), strict=True):
             self.check_same(before, beside, "isolation", "alone and next to requests that were refused")
 
@@ -84,8 +86,8 @@ class CapacityAndOverload(ContractBase):
         engine.wait_whole("capacity", "after a request finished")
 
     def test_capacity_stays_within_its_bounds_under_load(self, engine: Engine) -> None:
-        requests = [self.request(self.prompt(engine, seed=seed), 4) for seed in range(3 * engine.model.max_sequences)]
-        answers = [engine.submit(request) for request in requests]
+        requests = [self.request(self.prompt(engine, seed=seed), 16) for seed in range(3 * engine.model.max_sequences)]
+        answers = self.together(engine, *requests)
         for answer in answers:
             now = engine.capacity()
             demand(
@@ -99,14 +101,15 @@ class CapacityAndOverload(ContractBase):
     def test_many_more_requests_than_fit_are_all_served(self, engine: Engine) -> None:
         count = 4 * engine.model.max_sequences + 3
         requests = [self.request(self.prompt(engine, seed=seed), 4) for seed in range(min(count, 200))]
-        answers = [engine.submit(request) for request in requests]
+        answers = self.together(engine, *requests)
         engine.wait_ended(*answers, rule="overload")
         for answer in answers:
             self.check_served(answer, "overload")
 
     def test_the_promised_kv_tokens_can_all_be_used(self, engine: Engine) -> None:
         """Requests whose lengths add up to the promise run at the same time, each to its last token."""
-        model, new_tokens = engine.model, 8
+        model = engine.model
+        new_tokens = model.max_total_tokens // 4  # long enough for all of them to have come in
         left = model.max_batch_total_tokens
         requests: list[Request] = []
         while left > 0 and len(requests) < model.max_sequences:
@@ -117,7 +120,7 @@ class CapacityAndOverload(ContractBase):
             request = self.request(prompt)
             requests.append(replace(request, stop=replace(request.stop, max_new_tokens=total - len(prompt))))
             left -= total
-        answers = [engine.submit(request) for request in requests]
+        answers = self.together(engine, *requests)
         engine.wait_ended(*answers, rule="memory")
         for answer in answers:
             self.check_served(answer, "memory")

@@ -123,7 +123,8 @@ class Isolation(ContractBase):
             self.request(self.prompt(engine, 3 + 5 * at, at), 12, sampling) for at, sampling in enumerate(samplings)
         ]
         alone = [engine.run_one(request) for request in requests]
-        together = engine.run(*(self.again(request) for request in requests))
+        together = self.together(engine, *(self.again(request) for request in requests))
+        engine.wait_ended(*together)
         for one, other in zip(alone, together, strict=True):
             self.check_served(other, "isolation")
             self.check_same(one, other, "isolation", "alone and in a batch")

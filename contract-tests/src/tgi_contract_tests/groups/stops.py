@@ -29,7 +29,7 @@ class Stops(ContractBase):
         answer, at = self._greedy_with_new_token(engine)
         request = self._with_stop_token(answer.request, answer.ids[at])
         stopped = engine.run_one(request)
-        self._check_ending(stopped, answer.ids[: at + 1], "eos_token", f"stop token {answer.ids[at]}")
+        self._check_ending(stopped, answer.ids[: at + 1], "stop_sequence", f"stop token {answer.ids[at]}")
 
     @pytest.mark.needs("stop_token_ids")
     def test_length_comes_before_a_stop_token(self, engine: Engine) -> None:
@@ -45,7 +45,9 @@ class Stops(ContractBase):
         request = self._with_stop_token(answer.request, answer.ids[at])
         request = replace(request, stop=replace(request.stop, ignore_eos=True))
         stopped = engine.run_one(request)
-        self._check_ending(stopped, answer.ids[: at + 1], "eos_token", f"stop token {answer.ids[at]} and ignore_eos")
+        self._check_ending(
+            stopped, answer.ids[: at + 1], "stop_sequence", f"stop token {answer.ids[at]} and ignore_eos"
+        )
 
     @pytest.mark.needs("stop_token_ids", "min_new_tokens")
     def test_min_new_tokens_holds_stop_tokens_back(self, engine: Engine) -> None:

@@ -1,0 +1,341 @@
+"""EchoBackends with one defect each, and the contract over every one of them: `test_broken_backends` runs this file."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import replace
+from typing import ClassVar
+
+from tgi_contract_tests import BackendContract
+from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo
+from tgi_gateway.errors import GatewayError
+from tgi_gateway.testing import EchoBackend, toy_model
+from tgi_gateway.testing.echo import Sequence
+from tgi_gateway.types import NO_LOGPROB, Failed, FinishReason, Request, StepEvents, Token
+
+MODEL = toy_model(vocab_size=1000, eos_token_ids=(2,), max_total_tokens=96, max_sequences=4)
+
+
+class Sound(EchoBackend):
+    """No defect: a place to put one. `spoil` sees each step before the gateway does."""
+
+    def __init__(self) -> None:
+        super().__init__(MODEL)
+
+    def _step(self, events: StepEvents, now: float) -> None:
+        time.sleep(0.0002)  # slow enough to be cancelled, and finer than the event loop's timer
+        super()._step(events, now)
+
+    async def start(self, emit: Emit) -> ModelInfo:
+        return await super().start(lambda step: emit(self.spoil(step)))
+
+    def spoil(self, step: StepEvents) -> StepEvents:
+        return step
+
+
+class EndsTwice(Sound):
+    def spoil(self, step: StepEvents) -> StepEvents:
+        step.finished.extend(list(step.finished))
+        return step
+
+
+class ForgetsTheEnd(Sound):
+    """Does not look for the end at the first token, which comes from the prefill."""
+
+    def spoil(self, step: StepEvents) -> StepEvents:
+        step.finished[:] = [each for each in step.finished if each.usage.generated_tokens != 1]
+        return step
+
+
+class TokenAfterTheEnding(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended_ids: list[int] = []
+
+    def spoil(self, step: StepEvents) -> StepEvents:
+        for request_id in self._ended_ids:
+            step.request_ids.append(request_id)
+            step.token_ids.append(5)
+            step.logprobs.append(-1.0)
+        self._ended_ids = [finished.request_id for finished in step.finished]
+        return step
+
+
+class EventsOfStrangers(Sound):
+    def spoil(self, step: StepEvents) -> StepEvents:
+        step.request_ids.append(0)
+        step.token_ids.append(5)
+        step.logprobs.append(-1.0)
+        return step
+
+
+class RaggedColumns(Sound):
+    def spoil(self, step: StepEvents) -> StepEvents:
+        step.top[len(step.request_ids)] = ((5, -1.0),)
+        return step
+
+
+class CountsOneTooMany(Sound):
+    """Counts the step that found the end."""
+
+    def spoil(self, step: StepEvents) -> StepEvents:
+        step.finished[:] = [
+            replace(each, usage=replace(each.usage, generated_tokens=each.usage.generated_tokens + 1))
+            for each in step.finished
+        ]
+        return step
+
+
+class LeaksOnCancel(Sound):
+    def _take_inbox(self, events: StepEvents) -> None:
+        free = self._free_kv_tokens
+        super()._take_inbox(events)
+        self._free_kv_tokens = free
+
+
+class CancelsLate(Sound):
+    """Looks at its inbox once in sixteen steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = 0
+
+    def _step(self, events: StepEvents, now: float) -> None:
+        super()._step(events, now)
+        self._steps += 1
+
+    def _take_inbox(self, events: StepEvents) -> None:
+        if not self._running or self._steps % 16 == 0:
+            super()._take_inbox(events)
+
+
+class CancelledIsAnError(Sound):
+    def spoil(self, step: StepEvents) -> StepEvents:
+        for each in [each for each in step.finished if each.reason == "cancelled"]:
+            step.finished.remove(each)
+            step.failed.append(Failed(each.request_id, "generation", "cancelled"))
+        return step
+
+
+class IgnoresStopTokens(Sound):
+    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
+        reason = super()._stop_reason(sequence)
+        return None if reason == "stop_sequence" else reason
+
+
+class EndOfSequenceBeforeLength(Sound):
+    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
+        ends = sequence.output[-1] in self.model.eos_token_ids and not sequence.request.stop.ignore_eos
+        return "eos_token" if ends else super()._stop_reason(sequence)
+
+
+class EndsEarly(Sound):
+    """Ends at end-of-sequence even when told to ignore it."""
+
+    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
+        return super()._stop_reason(sequence) or ("length" if sequence.output[-1] in self.model.eos_token_ids else None)
+
+
+class IgnoresMinNewTokens(Sound):
+    def next_token(self, sequence: Sequence) -> Token:
+        request = sequence.request
+        stop = replace(request.stop, min_new_tokens=0)
+        return super().next_token(replace(sequence, request=replace(request, stop=stop)))
+
+
+class DependsOnBatchMates(Sound):
+    def expected_token(self, sequence: Sequence) -> int:
+        return (super().expected_token(sequence) + len(self._running) - 1) % self.model.vocab_size
+
+
+class IgnoresSeed(Sound):
+    def next_token(self, sequence: Sequence) -> Token:
+        request = sequence.request
+        sampling = replace(request.sampling, seed=0)
+        return super().next_token(replace(sequence, request=replace(request, sampling=sampling)))
+
+
+class DrawsFromOneGenerator(Sound):
+    """All requests share a random state, as torch's global generator would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = random.Random(0)
+
+    def next_token(self, sequence: Sequence) -> Token:
+        request = sequence.request
+        sampling = replace(request.sampling, seed=self._random.getrandbits(32))
+        return super().next_token(replace(sequence, request=replace(request, sampling=sampling)))
+
+
+class PromisesTooMuchMemory(Sound):
+    """Has three quarters of the pages it promised."""
+
+    def _admit(self) -> None:
+        super()._admit()
+        for request_id, sequence in list(self._running.items()):
+            if self._free_kv_tokens < self.model.max_batch_total_tokens // 4 and not sequence.output:
+                self._remove(request_id)
+                self._fail([request_id], GatewayError("out of memory"))
+
+
+class DropsOnOverload(Sound):
+    def _admit(self) -> None:
+        super()._admit()
+        while len(self._waiting) > 12:
+            self._waiting.popitem()
+
+
+class TruncatesLongPrompts(Sound):
+    def submit(self, request: Request) -> None:
+        super().submit(replace(request, input_ids=request.input_ids[: self.model.max_input_tokens]))
+
+
+class IgnoresWhatItLacks(Sound):
+    """Declares little, accepts everything."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self._capabilities, features=self._capabilities.features - {"prefill_logprobs", "top_k"})
+
+
+class BadRequestsFailTheBatch(Sound):
+    def spoil(self, step: StepEvents) -> StepEvents:
+        if step.failed:
+            for request_id in list(self._running):
+                self._remove(request_id)
+                step.failed.append(Failed(request_id, "generation", "the batch failed"))
+        return step
+
+
+class RaisesFromSubmit(Sound):
+    def submit(self, request: Request) -> None:
+        if not request.input_ids:
+            raise ValueError("empty prompt")
+        super().submit(request)
+
+
+class SubmitWaitsForTheStep(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken = threading.Event()
+
+    def submit(self, request: Request) -> None:
+        self._taken.clear()
+        super().submit(request)
+        if not self._ended:
+            self._taken.wait(1.5)
+
+    def _take_inbox(self, events: StepEvents) -> None:
+        super()._take_inbox(events)
+        self._taken.set()
+
+
+class AlwaysHealthy(Sound):
+    async def health(self) -> None:
+        return
+
+
+class HealthGeneratesAloud(Sound):
+    async def health(self) -> None:
+        await super().health()
+        self._emit(StepEvents([2**64 - 1], [5], [-1.0]))
+
+
+class StopsWithoutDraining(Sound):
+    async def stop(self, drain_s: float) -> None:  # noqa: ARG002
+        await super().stop(0.0)
+
+
+class StopsWithoutAWord(Sound):
+    def _fail(self, request_ids: list[int], error: GatewayError) -> None:
+        pass
+
+
+class StopsOnce(Sound):
+    async def stop(self, drain_s: float) -> None:
+        assert not self._ended, "already stopped"
+        await super().stop(drain_s)
+
+
+class CapacityIsAlwaysWhole(Sound):
+    def capacity(self) -> Capacity:
+        model = self.model
+        return Capacity(
+            model.max_sequences, model.max_sequences, model.max_batch_total_tokens, model.max_batch_total_tokens
+        )
+
+
+class CapacityCountsTheQueue(Sound):
+    """Below zero when more wait than fit."""
+
+    def capacity(self) -> Capacity:
+        now = super().capacity()
+        return replace(now, free_sequences=now.free_sequences - len(self._waiting))
+
+
+class NanLogprobs(Sound):
+    def next_token(self, sequence: Sequence) -> Token:
+        return replace(super().next_token(sequence), logprob=NO_LOGPROB)
+
+
+class TopIsUnsorted(Sound):
+    def next_token(self, sequence: Sequence) -> Token:
+        token = super().next_token(sequence)
+        return replace(token, top=token.top[::-1])
+
+
+class LogprobsAfterTemperature(Sound):
+    """Those of the distribution it drew from, not of the model's own."""
+
+    def next_token(self, sequence: Sequence) -> Token:
+        token = super().next_token(sequence)
+        return replace(token, logprob=0.0)
+
+
+class PromptLogprobsWithoutTheFirst(Sound):
+    def _prompt_logprobs(self, request: Request) -> tuple[float, ...]:
+        return super()._prompt_logprobs(request)[1:]
+
+
+class StepsOverlap(Sound):
+    """Emits from a new thread each time, without waiting for the one before."""
+
+    def _step(self, events: StepEvents, now: float) -> None:
+        super()._step(events, now)
+        copy = StepEvents(list(events.request_ids), list(events.token_ids), list(events.logprobs), dict(events.top))
+        if copy:
+            events.request_ids.clear()
+            events.token_ids.clear()
+            events.logprobs.clear()
+            events.top.clear()
+            threading.Thread(target=self._emit, args=(copy,), daemon=True).start()
+            time.sleep(0.001)
+
+
+class ModelInfoContradictsItself(Sound):
+    async def start(self, emit: Emit) -> ModelInfo:
+        return replace(await super().start(emit), max_input_tokens=self.model.max_total_tokens)
+
+
+class _Contract(BackendContract):
+    """The contract over the class that `defect` names."""
+
+    patience_s = 1.0
+    end_prompt = (5, 6, 2, 7)
+    logprobs_depend_on_tokens_only = False
+    defect: ClassVar[type[Sound]] = Sound
+
+    def make(self) -> Backend:
+        return self.defect()
+
+    def kill(self, backend: Backend) -> None:
+        assert isinstance(backend, EchoBackend)
+        backend._inbox.append("not an item")  # type: ignore[arg-type]
+
+
+DEFECTS = [each for each in list(globals().values()) if isinstance(each, type) and issubclass(each, Sound)]
+for _defect in DEFECTS:
+    globals()[f"Test{_defect.__name__}"] = type(f"Test{_defect.__name__}", (_Contract,), {"defect": _defect})

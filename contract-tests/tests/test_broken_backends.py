@@ -1,0 +1,162 @@
+"""Every deliberately broken backend is caught, by the tests that name its fault and by no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+SHARDS = 3
+BROKEN = Path(__file__).with_name("broken_backends.py")
+CAUGHT_BY: dict[str, tuple[str, ...]] = {
+    "Sound": (),
+    "EndsTwice": ("test_every_request_ends_exactly_once",),
+    "ForgetsTheEnd": (
+        "test_length_is_exact",
+        "test_the_longest_prompt_is_served",
+        "test_prompt_logprobs_are_one_per_token",
+    ),
+    "TokenAfterTheEnding": ("test_no_token_follows_the_ending",),
+    "EventsOfStrangers": ("test_no_event_names_an_unknown_request",),
+    "RaggedColumns": ("test_steps_are_well_formed",),
+    "StepsOverlap": ("test_steps_are_emitted_one_at_a_time",),
+    "CountsOneTooMany": ("test_usage_agrees_with_what_was_emitted",),
+    "LeaksOnCancel": (
+        "test_cancel_of_a_running_request_frees_its_capacity",
+        "test_cancel_of_a_waiting_request_ends_it",
+        "test_a_storm_of_cancels_ends_them_all_and_frees_everything",
+    ),
+    "CancelsLate": ("test_no_more_than_the_steps_under_way_follow_a_cancel",),
+    "CancelledIsAnError": ("test_a_cancelled_request_ends_as_cancelled",),
+    "IgnoresStopTokens": (
+        "test_a_stop_token_ends_the_answer_and_is_its_last_token",
+        "test_ignore_eos_does_not_ignore_stop_tokens",
+    ),
+    "EndOfSequenceBeforeLength": ("test_length_comes_before_end_of_sequence",),
+    "EndsEarly": ("test_ignore_eos_goes_on_to_the_full_length",),
+    "IgnoresMinNewTokens": (
+        "test_min_new_tokens_holds_stop_tokens_back",
+        "test_min_new_tokens_holds_end_of_sequence_back",
+    ),
+    "DependsOnBatchMates": (
+        "test_greedy_tokens_do_not_depend_on_the_batch",
+        "test_sampled_tokens_do_not_depend_on_the_batch",
+        "test_penalties_do_not_reach_the_neighbours",
+        "test_a_cancel_leaves_the_others_alone",
+        "test_a_bad_request_leaves_its_neighbours_alone",
+    ),
+    "IgnoresSeed": ("test_different_seeds_give_different_tokens",),
+    "DrawsFromOneGenerator": (
+        "test_the_same_seed_gives_the_same_tokens",
+        "test_sampled_tokens_do_not_depend_on_the_batch",
+    ),
+    "PromisesTooMuchMemory": ("test_the_promised_kv_tokens_can_all_be_used",),
+    "DropsOnOverload": ("test_many_more_requests_than_fit_are_all_served",),
+    "TruncatesLongPrompts": ("test_a_prompt_over_the_limit_is_refused",),
+    "IgnoresWhatItLacks": (
+        "test_an_undeclared_feature_is_refused[top_k]",
+        "test_an_undeclared_feature_is_refused[prefill_logprobs]",
+    ),
+    "BadRequestsFailTheBatch": ("test_a_bad_request_leaves_its_neighbours_alone",),
+    "RaisesFromSubmit": ("test_an_empty_prompt_is_refused", "test_a_bad_request_leaves_its_neighbours_alone"),
+    "SubmitWaitsForTheStep": (
+        "test_submit_and_cancel_return_while_emit_is_busy",
+        "test_emit_may_submit_and_cancel",
+    ),
+    "AlwaysHealthy": (
+        "test_health_is_unhealthy_after_stop",
+        "test_a_dead_engine_is_unhealthy_and_fails_its_requests",
+    ),
+    "HealthGeneratesAloud": ("test_health_emits_nothing", "test_no_event_names_an_unknown_request"),
+    "StopsWithoutDraining": ("test_stop_lets_open_requests_finish",),
+    "StopsWithoutAWord": (
+        "test_stop_fails_what_it_does_not_wait_for",
+        "test_a_request_after_stop_fails",
+        "test_a_dead_engine_is_unhealthy_and_fails_its_requests",
+    ),
+    "StopsOnce": ("test_stop_may_be_called_twice",),
+    "CapacityIsAlwaysWhole": ("test_capacity_counts_what_runs",),
+    "CapacityCountsTheQueue": ("test_capacity_stays_within_its_bounds_under_load",),
+    "NanLogprobs": ("test_logprobs_are_at_most_zero", "test_the_greedy_token_is_the_most_likely"),
+    "TopIsUnsorted": ("test_top_tokens_are_sorted_distinct_and_sum_to_at_most_one",),
+    "LogprobsAfterTemperature": ("test_the_greedy_token_is_the_most_likely",),
+    "PromptLogprobsWithoutTheFirst": ("test_prompt_logprobs_are_one_per_token",),
+    "ModelInfoContradictsItself": (
+        "test_model_info_is_sane",
+        "test_the_longest_prompt_is_served",
+        "test_prompt_logprobs_are_one_per_token",
+    ),
+}
+SIDE_EFFECTS: dict[str, tuple[str, ...]] = {
+    # A request cancelled right after its first token has one token, too.
+    "ForgetsTheEnd": (
+        "test_cancel_before_the_first_token_frees_its_capacity",
+        "test_a_storm_of_cancels_ends_them_all_and_frees_everything",
+    ),
+    "LeaksOnCancel": ("test_cancel_before_the_first_token_frees_its_capacity",),
+    # Whatever submits while the gateway is busy.
+    "SubmitWaitsForTheStep": (
+        "test_a_bad_request_leaves_its_neighbours_alone",
+        "test_a_step_holds_the_tokens_of_all_who_ran",
+        "test_capacity_stays_within_its_bounds_under_load",
+        "test_greedy_tokens_do_not_depend_on_the_batch",
+        "test_many_more_requests_than_fit_are_all_served",
+        "test_penalties_do_not_reach_the_neighbours",
+        "test_sampled_tokens_do_not_depend_on_the_batch",
+        "test_steps_are_emitted_one_at_a_time",
+        "test_the_promised_kv_tokens_can_all_be_used",
+    ),
+}
+"""Tests that may catch it as well, depending on how far a step had got."""
+
+
+Failures = dict[str, dict[str, str]]
+"""Test class -> test -> message."""
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
+    """All broken backends, in a few processes side by side: they sleep more than they compute."""
+    folder = tmp_path_factory.mktemp("inner")
+    (folder / "pytest.ini").write_text("[pytest]\npython_files = broken_backends.py\n")
+    common = [sys.executable, "-m", "pytest", "-q", "-c", str(folder / "pytest.ini"), "--import-mode=importlib"]
+    common += ["-p", "no:cacheprovider", "-p", "no:asyncio", "-o", "junit_family=xunit1"]
+    defects, shards = list(CAUGHT_BY), []
+    for shard in range(SHARDS):
+        chosen = [f"{BROKEN}::Test{defect}" for defect in defects[shard::SHARDS]]
+        report = folder / f"{shard}.xml"
+        shards.append(
+            (report, subprocess.Popen([*common, f"--junit-xml={report}", *chosen], stdout=subprocess.DEVNULL))
+        )
+    failed: Failures = {}
+    for report, process in shards:
+        process.wait(500)
+        for case in ElementTree.parse(report).iter("testcase"):
+            owner = failed.setdefault(case.get("classname", "").rpartition(".")[2], {})
+            for problem in (*case.iter("failure"), *case.iter("error")):
+                owner[case.get("name", "")] = f"{problem.get('message')} {problem.text}"
+    return failed
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("defect", CAUGHT_BY)
+def test_a_broken_backend_is_caught_by_the_tests_that_name_its_fault(failures: Failures, defect: str) -> None:
+    failed = failures[f"Test{defect}"]
+    assert set(CAUGHT_BY[defect]) <= set(failed)
+    assert set(failed) <= {*CAUGHT_BY[defect], *SIDE_EFFECTS.get(defect, ())}
+    for text in failed.values():
+        assert "the contract demands: " in text
+        assert "read: docs/write-a-backend.md, rule `" in text
+
+
+def test_every_broken_backend_is_listed() -> None:
+    spec = importlib.util.spec_from_file_location("broken_backends_listed", BROKEN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert {defect.__name__ for defect in module.DEFECTS} == set(CAUGHT_BY)
