@@ -324,8 +324,10 @@ class EchoBackend(Backend):
         stop, last = sequence.request.stop, sequence.output[-1]
         if len(sequence.output) >= stop.max_new_tokens:
             return "length"
-        if last in stop.stop_token_ids or (last in self.model.eos_token_ids and not stop.ignore_eos):
+        if last in self.model.eos_token_ids and not stop.ignore_eos:
             return "eos_token"
+        if last in stop.stop_token_ids:
+            return "stop_sequence"
         return None
 
     def _fail(self, request_ids: list[int], error: GatewayError) -> None:
