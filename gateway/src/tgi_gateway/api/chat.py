@@ -24,10 +24,10 @@ from tgi_gateway.api.serving import (
     Answer,
     Call,
     Services,
-    batches,
     collect_all,
     interleave,
     quoted,
+    refuse_cancelled,
 )
 from tgi_gateway.api.stream import DONE, EventStream, unless_gone
 from tgi_gateway.api.tgi import SimpleToken, grammar_of, simple_tokens
@@ -322,9 +322,11 @@ async def _choice_events(
     opening += '"delta":{"role":"assistant","content":'
     ending = '},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
     async with services.open(valid, keep_stop=False) as generation:
-        async for batch in batches(generation, services.eos_token_ids):
-            pieces = batch.pieces
-            if not batch.last and not with_logprobs:
+        async for pieces in generation:
+            last = generation.reason is not None
+            if last:
+                refuse_cancelled(generation)
+            elif not with_logprobs:
                 # Written by hand: one turn per streamed token.
                 parts = [f"{opening}{quoted('' if piece.special else piece.text)}{ending}" for piece in pieces]
                 yield "".join(parts).encode()
@@ -333,19 +335,19 @@ async def _choice_events(
             for place, piece in enumerate(pieces):
                 reason = "null"
                 text = "" if piece.special else piece.text
-                if batch.last and place == len(pieces) - 1:
-                    text += batch.rest
+                if last and place == len(pieces) - 1:
+                    text += generation.rest
                     reason = quoted(REASONS[generation.reason or "length"])
                 logprobs = _logprobs(services.tokenizer, [piece]) if with_logprobs else None
                 parts.append(
                     f'{opening}{quoted(text)}}},"logprobs":{msgspec.json.encode(logprobs).decode()},'
                     f'"finish_reason":{reason}}}],"usage":null}}\n\n'
                 )
-            if batch.last:
+            if last:
                 if not pieces:
                     reason = quoted(REASONS[generation.reason or "length"])
                     parts.append(
-                        f'{opening}{quoted(batch.rest)}}},"logprobs":null,"finish_reason":{reason}}}],"usage":null}}\n\n'
+                        f'{opening}{quoted(generation.rest)}}},"logprobs":null,"finish_reason":{reason}}}],"usage":null}}\n\n'
                     )
                 call.succeeded(generation, valid.seed)
                 totals.append((generation.generated_tokens, cached_tokens(generation)))

@@ -32,10 +32,10 @@ from tgi_gateway.api.serving import (
     Answer,
     Call,
     Services,
-    batches,
     collect_all,
     interleave,
     quoted,
+    refuse_cancelled,
 )
 from tgi_gateway.api.stream import DONE, EventStream, unless_gone
 from tgi_gateway.errors import Unsupported
@@ -226,12 +226,12 @@ class _Choice:
         else:
             first = ""
         async with self.services.open(self.valid, keep_stop=False) as generation:
-            async for batch in batches(generation, self.services.eos_token_ids):
+            async for pieces in generation:
                 parts = [first]
                 first = ""
-                pieces = batch.pieces
-                if batch.last:
-                    parts += self._last(generation, opening, pieces, batch.rest, shown)
+                if generation.reason is not None:
+                    refuse_cancelled(generation)
+                    parts += self._last(generation, opening, pieces, generation.rest, shown)
                 elif body.logprobs is None:
                     parts += [f"{opening}{quoted('' if piece.special else piece.text)}{ending}" for piece in pieces]
                 else:

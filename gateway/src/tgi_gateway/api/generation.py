@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,8 +57,36 @@ class StopMatcher(Protocol):
 class Generation:
     """An open request. Use as ``async with``: leaving early cancels it in the engine.
 
-    After the last piece `reason` and `usage` are set. Times are time.perf_counter() seconds of this process.
+    ``async for pieces in generation`` gives the tokens in batches, as they come; during the last batch, which may be
+    empty, `reason` is set. A token that may be the last waits for the news whether it was, because an engine may tell
+    that one step later. Times are time.perf_counter() seconds of this process.
     """
+
+    __slots__ = (
+        "_backend",
+        "_close",
+        "_decoder",
+        "_ending_ids",
+        "_exhausted",
+        "_failure",
+        "_held",
+        "_max_new_tokens",
+        "_pieces",
+        "_special",
+        "_stops",
+        "_waiter",
+        "ended_at",
+        "finished",
+        "first_token_at",
+        "gaps_s",
+        "generated_tokens",
+        "last_token_at",
+        "reason",
+        "request",
+        "rest",
+        "started_at",
+        "text_parts",
+    )
 
     def __init__(
         self,
@@ -67,13 +96,16 @@ class Generation:
         stops: StopMatcher | None,
         special: Mapping[int, str],
         close: Callable[[int], None],
+        ending_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.request = request
         self.text_parts: list[str] = []
         """Text of the answer so far without special tokens; joined it is `generated_text`."""
         self.generated_tokens = 0
         self.gaps_s: list[float] = []
-        """Seconds between consecutive tokens; 0.0 between those of one step."""
+        """Seconds between consecutive tokens; 0.0 between those that came together."""
+        self.rest = ""
+        """The end of the text, where no piece was left to carry it."""
         self.reason: FinishReason | None = None
         self.finished: Finished | None = None
         self.started_at = time.perf_counter()
@@ -88,6 +120,12 @@ class Generation:
         self._pieces: list[Piece] = []
         self._waiter: asyncio.Future[None] | None = None
         self._failure: GatewayError | None = None
+        self._ending_ids = ending_ids
+        self._max_new_tokens = request.stop.max_new_tokens
+        self._held = False
+        """The newest piece may be the last, so it waits."""
+        self._exhausted = False
+        """The last batch was handed out."""
 
     @property
     def usage(self) -> Usage:
@@ -99,23 +137,31 @@ class Generation:
     def text(self) -> str:
         return "".join(self.text_parts)
 
-    async def next(self) -> list[Piece]:
-        """All pieces that arrived since the last call, waiting for at least one; an empty list once it has ended.
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Piece]:
+        """The pieces that arrived since the last call, waiting for at least one or for the end.
 
         Raises the request's failure, after every piece before it was delivered.
         """
-        while not self._pieces:
+        if self._exhausted:
+            raise StopAsyncIteration
+        while self.reason is None and (not self._pieces or self._held):
             if self._failure is not None:
+                if self._pieces:
+                    break
                 raise self._failure
-            if self.reason is not None:
-                return []
             self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._waiter
+        if self.reason is not None:
+            self._exhausted = True
         pieces, self._pieces = self._pieces, []
         return pieces
+
+    async def next(self) -> list[Piece]:
+        """The next batch, as ``async for`` would give it; an empty list once it has ended."""
+        return [] if self._exhausted else await self.__anext__()
 
     async def __aenter__(self) -> Self:
         return self
@@ -138,6 +184,7 @@ class Generation:
             self.gaps_s.append(now - self.last_token_at)
         self.last_token_at = now
         self.generated_tokens += 1
+        self._held = token_id in self._ending_ids or self.generated_tokens >= self._max_new_tokens
         special = self._special.get(token_id)
         if special is not None:
             self._pieces.append(Piece(token_id, special, logprob, True, top))
@@ -164,8 +211,13 @@ class Generation:
             self.ended_at = time.perf_counter()
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        """Resume who waits, unless there is nothing to tell yet."""
+        waiter = self._waiter
+        if waiter is None or (self._held and self.reason is None and self._failure is None):
+            return
+        self._waiter = None
+        if not waiter.done():
+            waiter.set_result(None)
 
     def _end(self, reason: FinishReason, now: float) -> None:
         self.reason = reason
@@ -183,8 +235,10 @@ class Generation:
                 rest += self._stops.flush()
         if rest:
             self.text_parts.append(rest)
-            if self._pieces:
+            if self._pieces and not self._pieces[-1].special:
                 self._pieces[-1].text += rest
+            else:
+                self.rest = rest
 
 
 class Generations:
@@ -193,18 +247,25 @@ class Generations:
     def __init__(self, backend: Backend, *, worker: int = 0) -> None:
         self._backend = backend
         self._open: dict[int, Generation] = {}
-        self._ids = itertools.count((worker << 48) + 1)
+        # A worker that starts again must not use the ids of requests that it left open in the engine. Counting from
+        # the clock in steps of 10 us it does not, and 48 bits last until 2059.
+        self._ids = itertools.count((worker << 48) + time.time_ns() // 10_000 % (1 << 48))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
 
     def __len__(self) -> int:
         return len(self._open)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Name the loop that owns the generations; before the first `emit`."""
+        """Name the loop that owns the generations, in its thread; before the first `emit`."""
         self._loop = loop
+        self._thread = threading.get_ident()
 
     def emit(self, events: StepEvents) -> None:
         """The Backend's emit; from any thread."""
+        if threading.get_ident() == self._thread:
+            self.deliver(events)
+            return
         assert self._loop is not None, "bind() comes first"
         self._loop.call_soon_threadsafe(self.deliver, events)
 
@@ -212,11 +273,19 @@ class Generations:
         return next(self._ids)
 
     def open(
-        self, request: Request, decoder: TextDecoder, stops: StopMatcher | None, special: Mapping[int, str]
+        self,
+        request: Request,
+        decoder: TextDecoder,
+        stops: StopMatcher | None,
+        special: Mapping[int, str],
+        ending_ids: frozenset[int] = frozenset(),
     ) -> Generation:
-        """Submit `request` (its id from `next_id`). Raises `Unsupported` for what the engine lacks."""
+        """Submit `request` (its id from `next_id`). Raises `Unsupported` for what the engine lacks.
+
+        `ending_ids` are tokens that end a generation in the engine.
+        """
         refuse_unsupported(request, self._backend.capabilities)
-        generation = Generation(self._backend, request, decoder, stops, special, self._forget)
+        generation = Generation(self._backend, request, decoder, stops, special, self._forget, ending_ids)
         self._open[request.request_id] = generation
         self._backend.submit(request)
         return generation
@@ -226,10 +295,11 @@ class Generations:
         now = time.perf_counter()
         touched: dict[int, Generation] = {}
         find, top = self._open.get, events.top
-        for row, request_id in enumerate(events.request_ids):
+        rows = zip(events.request_ids, events.token_ids, events.logprobs, strict=True)
+        for row, (request_id, token_id, logprob) in enumerate(rows):
             generation = find(request_id)
             if generation is not None:
-                generation.push(events.token_ids[row], events.logprobs[row], top.get(row, ()) if top else (), now)
+                generation.push(token_id, logprob, top.get(row, ()) if top else (), now)
                 touched[request_id] = generation
         for finished in events.finished:
             generation = find(finished.request_id)

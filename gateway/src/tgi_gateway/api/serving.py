@@ -82,7 +82,10 @@ class Services:
         request = replace(valid.request, request_id=self.generations.next_id())
         matcher = stops.matcher(request.stop.stop_strings, keep_stop)
         decoder = self.tokenizer.decoder(request.input_ids)
-        return self.generations.open(request, decoder, matcher, self.tokenizer.special_texts)
+        ending_ids = frozenset(request.stop.stop_token_ids)
+        if not request.stop.ignore_eos:
+            ending_ids |= self.eos_token_ids
+        return self.generations.open(request, decoder, matcher, self.tokenizer.special_texts, ending_ids)
 
 
 @dataclass(slots=True)
@@ -102,7 +105,7 @@ async def collect(services: Services, valid: Valid, *, keep_stop: bool) -> Answe
     """Generate to the end."""
     pieces: list[Piece] = []
     async with services.open(valid, keep_stop=keep_stop) as generation:
-        while batch := await generation.next():
+        async for batch in generation:
             pieces += batch
     refuse_cancelled(generation)
     return Answer(valid, generation, pieces)
@@ -125,47 +128,6 @@ def refuse_cancelled(generation: Generation) -> None:
     """An answer that the engine cut short, e.g. because it stops, is no answer."""
     if generation.reason == "cancelled":
         raise IncompleteGeneration
-
-
-@dataclass(slots=True)
-class Batch:
-    """Tokens that arrived together. With `last`, `rest` is text that no piece carries."""
-
-    pieces: list[Piece]
-    last: bool
-    rest: str = ""
-
-
-async def batches(generation: Generation, eos_token_ids: frozenset[int]) -> AsyncGenerator[Batch, None]:
-    """The generation in batches, of which exactly the last has ``last``.
-
-    An engine may send a token in one step and the news that it was the last in the next. So a token that can be the
-    last waits for what follows it; others are passed on at once.
-    """
-    stop = generation.request.stop
-    ending = eos_token_ids | frozenset(stop.stop_token_ids)
-    seen = shown = 0
-    while True:
-        pieces = await generation.next()
-        if generation.reason is None:
-            seen += len(pieces)
-            if seen < stop.max_new_tokens and pieces[-1].token_id not in ending:
-                for piece in pieces:
-                    if not piece.special:
-                        shown += len(piece.text)
-                yield Batch(pieces, False)
-                continue
-            following = await generation.next()
-            pieces = pieces + following
-            if generation.reason is None:
-                seen += len(following)
-                shown += sum(len(piece.text) for piece in pieces if not piece.special)
-                yield Batch(pieces, False)
-                continue
-        refuse_cancelled(generation)
-        shown += sum(len(piece.text) for piece in pieces if not piece.special)
-        yield Batch(pieces, True, generation.text[shown:])
-        return
 
 
 async def interleave(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:

@@ -15,7 +15,7 @@ from tgi_gateway.api import bodies
 from tgi_gateway.api.bodies import CompatGenerateBody, GenerateBody, GrammarBody, ParametersBody
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.generation import Generation, Piece
-from tgi_gateway.api.serving import Answer, Call, Services, batches, collect_all, number, quoted
+from tgi_gateway.api.serving import Answer, Call, Services, collect_all, number, quoted, refuse_cancelled
 from tgi_gateway.api.stream import EventStream, unless_gone
 from tgi_gateway.errors import ValidationError
 from tgi_gateway.prompt import validate
@@ -260,18 +260,18 @@ async def _events(services: Services, body: GenerateBody, call: Call) -> AsyncGe
         valid = await validate.validate(body.inputs, parameters, services.limits, services.tokenizer)
         async with services.open(valid, keep_stop=True) as generation:
             index = 1
-            batch_list = batches(generation, services.eos_token_ids)
-            async for batch in batch_list:
-                if not batch.last:
+            async for pieces in generation:
+                if generation.reason is None:
                     parts = [
                         _event(index + place, piece, services.tokenizer, "null", "null")
-                        for place, piece in enumerate(batch.pieces)
+                        for place, piece in enumerate(pieces)
                     ]
                     index += len(parts)
                     yield "".join(parts).encode()
                     continue
+                refuse_cancelled(generation)
                 call.succeeded(generation, valid.seed)
-                yield _last_events(services, body, valid, generation, index, batch.pieces, batch.rest)
+                yield _last_events(services, body, valid, generation, index, pieces)
 
 
 def _event(index: int, piece: Piece, tokenizer: Tokenizer, text: str, details: str) -> str:
@@ -291,8 +291,8 @@ def _last_events(
     generation: Generation,
     index: int,
     pieces: list[Piece],
-    rest: str,
 ) -> bytes:
+    rest = generation.rest
     if pieces:
         pieces[-1].text += rest
     else:  # the engine ended the request without a token, so that one without text has to carry the ending
