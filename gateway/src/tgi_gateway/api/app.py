@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tgi_gateway.api import bodies, chat, completions, models, openapi, tgi
 from tgi_gateway.api.auth import ApiKey
@@ -25,6 +26,7 @@ from tgi_gateway.api.errors import (
     error_response,
 )
 from tgi_gateway.api.serving import VERSION, Services
+from tgi_gateway.api.stream import DIRECT_SEND
 
 __all__ = ["Services", "create_app"]
 
@@ -44,6 +46,15 @@ EXPOSED_HEADERS = (
 )
 READ = ["GET", "HEAD"]
 
+
+class Application(FastAPI):
+    """Keeps the server's `send` for streams, see `stream.DIRECT_SEND`."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[DIRECT_SEND] = send
+        await super().__call__(scope, receive, send)
+
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 PostHandler = Callable[[Services, Request, bytes], Awaitable[Response]]
 
@@ -57,7 +68,7 @@ def create_app(services: Services) -> FastAPI:
         yield
         services.tokenizer.close()
 
-    app = FastAPI(
+    app = Application(
         title="tgi-gateway",
         description="Text generation over TGI's native API and the OpenAI API.",
         version=VERSION,

@@ -16,6 +16,9 @@ T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
 """After so long a silence a comment is sent, so that proxies keep the connection."""
+DIRECT_SEND = "tgi_gateway.send"
+"""Key of the scope under which the application keeps the server's own `send`. Once the head is out, the layers in
+between have nothing to add to a body, yet each would cost a call per token."""
 _KEEP_ALIVE = b":\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -50,6 +53,12 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         raise
     finally:
         listener.cancel()
+
+
+async def _cancel_when_gone(receive: Receive, work: asyncio.Task[None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    work.cancel()
 
 
 class EventStream(Response):
@@ -87,18 +96,29 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         self._quiet_since = loop.time()
+        self._direct = scope.get(DIRECT_SEND, send)
         self._timer = loop.call_later(self._keep_alive_s, self._tick, loop, send)
+        # In a task of its own, because every token would otherwise wake up through all layers of the application.
+        work = loop.create_task(self._run(scope, receive, send))
+        listener = loop.create_task(_cancel_when_gone(receive, work))
         try:
-            await unless_gone(receive, self._run(scope, receive, send))
-        except ClientGone as gone:
-            self._failed(gone)
+            await asyncio.wait([work])
         finally:
+            listener.cancel()
             self._timer.cancel()
             if self._beat is not None:
                 self._beat.cancel()
+            if not work.done():  # this server stops; the generation must have been cancelled before it has
+                work.cancel()
+                await asyncio.wait([work])
+        if work.cancelled():
+            self._failed(ClientGone())
+        else:
+            work.result()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         clock = asyncio.get_running_loop().time
+        direct = self._direct
         try:
             async for chunk in self._chunks:
                 if self._beat is not None:
@@ -106,7 +126,7 @@ class EventStream(Response):
                 self._busy = True
                 if not self._started:
                     await self._start(send)
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await direct({"type": "http.response.body", "body": chunk, "more_body": True})
                 self._busy = False
                 self._quiet_since = clock()
         except Exception as error:
