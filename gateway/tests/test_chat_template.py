@@ -285,11 +285,30 @@ def test_an_endless_template_is_ended(template: str) -> None:
         "{{ 'x' * 1000000000 }}",
         "{{ 1000000000 * [1] }}",
         "{{ range(1000000000) | list }}",
+        "{{ 'x'.center(1000000000) }}",
+        "{{ 'x' | center(1000000000) }}",
+        "{{ 'x\\ny' | indent(1000000000) }}",
+        "{{ [1] | batch(1000000000, 'x') | list }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%-*d' | format(1000000000, 1) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:{w}}'.format(1, w=1000000000) }}",
     ],
 )
 def test_a_template_that_grows_without_end_is_ended(template: str) -> None:
     with pytest.raises(TemplateError):
         ours(template, output_characters=10_000).render(PLAIN)
+
+
+def test_long_numbers_in_a_message_are_no_sizes() -> None:
+    template = ours(
+        "{{ '%s: %s %d' % (messages[0].role, messages[0].content, 1700000000) }}"
+        "{{ '{}: {:.3f}'.format(1700000000, 1.5) }}{{ messages[0].content | indent(2) }}"
+        "{{ messages[0].content | center(30) }}{{ '%s' | format(messages[0].content) }}"
+    )
+    content = "call :12345678901 %12345678901d"
+    assert template.render([{"role": "user", "content": content}]).count(content) == 4
 
 
 @pytest.mark.parametrize(
@@ -302,7 +321,10 @@ def test_template_arguments_cannot_replace_what_the_gateway_sets(name: str) -> N
 
 def test_template_arguments_do_not_outlive_their_request() -> None:
     template = ours("{{ enable_thinking is defined }}{% set enable_thinking = 3 %}")
-    assert [template.render(PLAIN, enable_thinking=True), template.render(PLAIN)] == ["True", "False"]
+    assert [template.render(PLAIN, template_kwargs={"enable_thinking": True}), template.render(PLAIN)] == [
+        "True",
+        "False",
+    ]
 
 
 def test_variables_tell_whether_the_template_knows_tools() -> None:

@@ -6,11 +6,13 @@ memory. The environment equals that of `transformers`, for which templates are w
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, Self
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension
+from jinja2.filters import do_format
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -96,13 +99,12 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
     ) -> str:
-        """The prompt. `template_kwargs` are the client's (``enable_thinking`` and the like), `kwargs` the caller's own.
+        """The prompt. `template_kwargs` are the client's template arguments, ``enable_thinking`` and the like.
 
         Raises `TemplateError` with the template's own message, jinja's, or the line at which it failed.
         """
-        kwargs.update(template_kwargs or {})
+        kwargs = template_kwargs or {}
         taken = sorted(self._reserved & kwargs.keys())
         if taken:
             raise TemplateError(f"template arguments may not set {', '.join(f'`{name}`' for name in taken)}")
@@ -168,6 +170,11 @@ def _sources(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+_SIZED_FILTERS = ("batch", "center", "indent", "slice")
+_LONG_WIDTH = re.compile(r"[%:.][^a-zA-Z%{}]{0,8}?(\d{6,})")
+_GIVEN_WIDTH = re.compile(r"%[^a-zA-Z%]*\*|:[^{}]*\{")
+
+
 class _Refusal(jinja2.TemplateError):
     """The template called raise_exception."""
 
@@ -188,13 +195,16 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
         self.limits = limits
         self.deadline = threading.local()
         self.filters["tojson"] = _to_json
+        for name in _SIZED_FILTERS:
+            self.filters[name] = self._sized(self.filters[name])
+        self.filters["format"] = self._format
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
@@ -222,7 +232,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise _OverLimit("the chat template may not raise to a power")
-        for sized, count in ((left, right), (right, left)):
+        if operator == "%" and isinstance(left, str):
+            self._check_format(left, right if isinstance(right, tuple) else [right])
+        for sized, count in ((left, right), (right, left)) if operator == "*" else ():
             if (
                 isinstance(sized, str | list | tuple)
                 and isinstance(count, int)
@@ -230,6 +242,38 @@ class _Environment(ImmutableSandboxedEnvironment):
             ):
                 raise _OverLimit(f"the chat template repeats a text to more than {self.limits.repetition} characters")
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str):  # center() and the like make as much text as they are told
+            if function.__name__ == "format":
+                self._check_format(text, [*args, *kwargs.values()])
+            else:
+                self._check_counts([*args, *kwargs.values()])
+        return super().call(context, function, *args, **kwargs)
+
+    def _sized(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check_counts([*args, *kwargs.values()])
+            return function(*args, **kwargs)
+
+        return checked
+
+    def _format(self, text: object, /, *args: Any, **kwargs: Any) -> str:
+        self._check_format(str(text), [*args, *kwargs.values()])
+        return do_format(str(text), *args, **kwargs)
+
+    def _check_counts(self, values: Iterable[object]) -> None:
+        limit = self.limits.repetition
+        if any(isinstance(value, int) and value > limit for value in values):
+            raise _OverLimit(f"the chat template asks for more than {limit} characters at once")
+
+    def _check_format(self, text: str, values: Iterable[object]) -> None:
+        """Refuse field widths beyond what a multiplication may make, written out or given as a value."""
+        self._check_counts(int(width[:18]) for width in _LONG_WIDTH.findall(text))
+        if _GIVEN_WIDTH.search(text):
+            self._check_counts(values)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
