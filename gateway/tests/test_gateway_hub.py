@@ -192,7 +192,7 @@ def folder_of(result: subprocess.CompletedProcess[str]) -> Path:
 
 
 def test_a_download_has_what_a_model_needs_and_no_pickles(fake_hub: Hub, tmp_path: Path) -> None:
-    folder = folder_of(download(fake_hub, tmp_path))
+    folder = folder_of(download(fake_hub, tmp_path, HF_HUB_ENABLE_HF_TRANSFER="1"))  # as TGI's images set it
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == WANTED
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert folder.is_relative_to(tmp_path)

@@ -134,7 +134,7 @@ async def test_a_child_that_never_reads_its_assignment_is_an_early_end(family: F
 
 
 async def test_stop_waits_for_an_orderly_end(family: Family) -> None:
-    child = await family.start("reporter.ready()\nawait child.until_told_to_stop()\nprint('orderly')")
+    child = await family.start("told = child.stop_signal()\nreporter.ready()\nawait told.wait()\nprint('orderly')")
     await child.ready()
     assert await child.stop(WAIT_S) is True
     assert child.exit.result() == 0

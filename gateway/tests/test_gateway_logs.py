@@ -122,12 +122,16 @@ def test_a_torn_child_line_is_shown_as_it_came() -> None:
     assert logs.decode(b'\x1etgi {"timestamp": "x', "http-0").message.endswith('{"timestamp": "x')
 
 
-def test_the_server_outlives_the_reader_of_its_log(capfd: pytest.CaptureFixture[str]) -> None:
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:  # noqa: ARG002
-            raise BrokenPipeError
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:  # noqa: ARG002
+        raise BrokenPipeError
 
+
+def test_the_server_outlives_the_reader_of_its_log(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = logs.Log(json_output=False, stream=Gone())
-    log.write(logs.Line.raw("into the void", "engine"))
     log.write(logs.Line.raw("to standard error", "engine"))
     assert "to standard error" in capfd.readouterr().err
+    monkeypatch.setattr("sys.__stderr__", Gone())
+    log.write(logs.Line.raw("into the void", "engine"))

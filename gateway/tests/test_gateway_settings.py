@@ -208,6 +208,7 @@ def test_settings_are_frozen() -> None:
 
 def test_flags_without_effect_warn_only_when_set() -> None:
     assert parse().warnings() == []
+    assert parse("--usage-stats", "off").warnings() == []
     warnings = parse("--prometheus-port", "9000", environ={"USAGE_STATS": "on"}).warnings()
     assert len(warnings) == 2
     assert "never sends anything" in " ".join(warnings)

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import errno
 import glob
+import importlib.util
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -42,6 +44,8 @@ def download(settings: Settings, *, needs_weights: bool = True, report: Report |
 
     Raises `ModelError`.
     """
+    if importlib.util.find_spec("hf_transfer") is None:
+        os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # images set it; the library would insist on the package
     # Imported late: a server on a local folder needs none of it.
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars

@@ -333,7 +333,9 @@ class Settings:
         return [
             f"{option.flag} has no effect: {option.help}"
             for option in _OPTIONS.values()
-            if option.group == NO_EFFECT and option.name in self.given
+            if option.group == NO_EFFECT
+            and option.name in self.given
+            and (option.name, getattr(self, option.name)) != ("usage_stats", "off")  # which is what happens
         ]
 
     def public(self) -> dict[str, object]:

@@ -95,11 +95,11 @@ def run(main: Callable[[Assignment, Reporter], Awaitable[None]]) -> int:
     return 0
 
 
-async def until_told_to_stop() -> None:
-    """Return at SIGTERM. Before this is called SIGTERM ends the process at once."""
+def stop_signal() -> asyncio.Event:
+    """Set at SIGTERM. Until this is called SIGTERM ends the process at once, so call it before telling to be ready."""
     told = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
-    await told.wait()
+    return told
 
 
 def _watch_launcher(runtime_folder: str) -> None:

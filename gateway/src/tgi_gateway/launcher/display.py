@@ -38,6 +38,7 @@ class Display:
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
                 console=Console(file=stream),
+                refresh_per_second=4,
                 transient=True,
             )
 

@@ -31,8 +31,9 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
         HostMetrics(Metrics(), max_batch_total_tokens=server.info.max_batch_total_tokens, capacity=dispatch.capacity)
     )
     logger.info("Engine ready", extra=logs.fields(**asdict(server.info)))
+    told_to_stop = child.stop_signal()
     reporter.ready()
-    await child.until_told_to_stop()
+    await told_to_stop.wait()
     await server.stop(settings.graceful_termination_timeout)
 
 

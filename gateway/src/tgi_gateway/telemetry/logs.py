@@ -132,13 +132,16 @@ class Log:
 
     def write(self, line: Line) -> None:
         # Looked up at each line: a progress display may have put itself in front of the terminal.
-        stream = self._stream or sys.stdout
-        text = line.json() if self._json_output else line.text(stream.isatty())
-        try:
-            stream.write(text + "\n")
-            stream.flush()
-        except (BrokenPipeError, ValueError):
-            self._stream = sys.__stderr__  # whoever read standard output is gone; the server is not
+        for stream in (self._stream or sys.stdout, sys.__stderr__):
+            if stream is None:
+                continue
+            try:
+                text = line.json() if self._json_output else line.text(stream.isatty())
+                stream.write(text + "\n")
+                stream.flush()
+            except (OSError, ValueError):
+                continue  # whoever read it is gone, or its disk is full; the server is not
+            return
 
     def relay(self, text: bytes, process: str) -> Line:
         """Write one line that a child printed; returns it."""
