@@ -280,7 +280,6 @@ def test_an_endless_template_is_ended(template: str) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for a in range(99999) %}{{ messages[0].content * 100 }}{% endfor %}",
         "{{ 'x' * 10**9 }}",
         "{{ 'x' * 1000000000 }}",
         "{{ 1000000000 * [1] }}",
@@ -296,9 +295,14 @@ def test_an_endless_template_is_ended(template: str) -> None:
         "{{ '{:{w}}'.format(1, w=1000000000) }}",
     ],
 )
-def test_a_template_that_grows_without_end_is_ended(template: str) -> None:
-    with pytest.raises(TemplateError):
-        ours(template, output_characters=10_000).render(PLAIN)
+def test_what_would_fill_the_memory_is_not_begun(template: str) -> None:
+    with pytest.raises(TemplateError, match=r"at once|repeats a text|raise to a power|cannot be applied"):
+        ours(template).render(PLAIN)
+
+
+def test_a_prompt_that_grows_without_end_is_ended() -> None:
+    with pytest.raises(TemplateError, match="wrote more than 10000 characters"):
+        ours("{% for a in range(99999) %}{{ 'x' * 100 }}{% endfor %}", output_characters=10_000).render(PLAIN)
 
 
 def test_long_numbers_in_a_message_are_no_sizes() -> None:

@@ -172,7 +172,7 @@ def _sources(config: Mapping[str, Any]) -> dict[str, str]:
 
 _SIZED_FILTERS = ("batch", "center", "indent", "slice")
 _LONG_WIDTH = re.compile(r"[%:.][^a-zA-Z%{}]{0,8}?(\d{6,})")
-_GIVEN_WIDTH = re.compile(r"%[^a-zA-Z%]*\*|:[^{}]*\{")
+_GIVEN_WIDTH = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{")
 
 
 class _Refusal(jinja2.TemplateError):
@@ -244,7 +244,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        text = getattr(function, "__self__", None)
+        # jinja hands out str.format wrapped in its own sandboxed version.
+        text = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         if isinstance(text, str):  # center() and the like make as much text as they are told
             if function.__name__ == "format":
                 self._check_format(text, [*args, *kwargs.values()])
