@@ -130,7 +130,7 @@ def _byte_level() -> Callable[[str], bytes]:
 
     def to_bytes(token: str) -> bytes:
         try:
-            return bytes([alphabet[char] for char in token])
+            return bytes(map(alphabet.__getitem__, token))
         except KeyError:  # an added token, written as it reads
             return token.encode()
 

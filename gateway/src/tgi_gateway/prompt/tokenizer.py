@@ -84,7 +84,7 @@ class Tokenizer:
             int(limit) if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT else None
         )
         self._table: Table | None = build_table(
-            json.loads(inner.to_str())["decoder"], inner.get_vocab(with_added_tokens=True), self.special_texts
+            _described_decoder(inner), inner.get_vocab(with_added_tokens=True), self.special_texts
         )
 
     @classmethod
@@ -224,6 +224,14 @@ def _declare_special_tokens(inner: tokenizers.Tokenizer, config: Mapping[str, An
             # A role can only be given to a token that exists: new ids would lie beyond the model's embedding.
             if content not in special_now and inner.token_to_id(content) is not None:
                 inner.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
+
+
+def _described_decoder(inner: tokenizers.Tokenizer) -> Mapping[str, Any] | None:
+    """The decoder as tokenizer.json describes it; its pickled state is that text, without the vocabulary around it."""
+    if inner.decoder is None:
+        return None
+    described: Mapping[str, Any] = json.loads(inner.decoder.__getstate__())
+    return described
 
 
 def _without_lone_surrogates(text: str) -> str:
