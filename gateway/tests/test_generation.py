@@ -319,7 +319,8 @@ def test_any_interleaving_gives_each_request_its_own_text_and_ending(seed: int, 
                         events.append(Failed(request_id, "generation", "broken"))
                     else:
                         reasons: list[FinishReason] = ["length", "eos_token", "cancelled"]
-                        reason = model.ending = choose.choice(reasons)
+                        reason = choose.choice(reasons)
+                        model.ending = reason
                         events.append(Finished(request_id, reason, Usage(3, len(model.tokens))))
             worker.engine.emit(StepEvents.pack(events))
             for _ in range(choose.randint(0, 3)):
