@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import glob
 import importlib.util
@@ -54,7 +53,13 @@ def download(settings: Settings, *, needs_weights: bool = True, report: Report |
     place = _Place.of(settings)
     with _explained(place):
         if place.offline:
-            return _snapshot(place, None)
+            cached = _cached(place, needs_weights)
+            if cached is None:
+                raise ModelError(
+                    f"{place} is not, or not completely, in {place.cache}, and HF_HUB_OFFLINE forbids asking the hub. "
+                    "Unset it for the first download, or give a local folder with --model-id"
+                )
+            return cached
         disable_progress_bars()
         pause_s = FIRST_PAUSE_S
         for left in reversed(range(TRIES)):
@@ -69,7 +74,7 @@ def download(settings: Settings, *, needs_weights: bool = True, report: Report |
             except _broken() as error:
                 if not _is_transient(error):
                     raise
-                if (cached := _cached(place)) is not None:
+                if (cached := _cached(place, needs_weights)) is not None:
                     logger.warning("The hub does not answer (%s); using what is in the cache", type(error).__name__)
                     return cached
                 if not left:
@@ -121,8 +126,8 @@ class _File:
     """Name in the cache: the hash of the content."""
 
 
-def _snapshot(place: _Place, names: Iterable[str] | None) -> Path:
-    """The library's own download, of exactly the files in `names`; None: whatever is cached."""
+def _snapshot(place: _Place, names: Iterable[str]) -> Path:
+    """The library's own download, of exactly the files in `names`."""
     import huggingface_hub
 
     folder = huggingface_hub.snapshot_download(
@@ -130,20 +135,26 @@ def _snapshot(place: _Place, names: Iterable[str] | None) -> Path:
         revision=place.revision,
         cache_dir=str(place.cache),
         token=place.token,
-        local_files_only=place.offline,
-        allow_patterns=None if names is None else [glob.escape(name) for name in names],
+        allow_patterns=[glob.escape(name) for name in names],
     )
     return Path(str(folder))
 
 
-def _cached(place: _Place) -> Path | None:
-    """The folder of an earlier download that was finished."""
+def _cached(place: _Place, needs_weights: bool) -> Path | None:
+    """The folder of an earlier download, if that was finished."""
+    import huggingface_hub
+
     from tgi_gateway.hub import check_folder
 
+    found = huggingface_hub.try_to_load_from_cache(
+        place.model_id, "tokenizer.json", cache_dir=str(place.cache), revision=place.revision
+    )
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
     try:
-        folder = _snapshot(dataclasses.replace(place, offline=True), None)
-        check_folder(folder, needs_weights=True)
-    except (OSError, ValueError, ModelError):
+        check_folder(folder, needs_weights=needs_weights)
+    except ModelError:
         return None
     return folder
 
@@ -188,12 +199,13 @@ def _check_listing(place: _Place, files: list[_File], needs_weights: bool) -> No
 
 def _present(place: _Place, file: _File) -> int:
     """Bytes of `file` that are here, whole or in part."""
-    for path in (place.blobs / file.blob, place.blobs / f"{file.blob}.incomplete"):
-        try:
-            return min(path.stat().st_size, file.size)
-        except OSError:
-            continue
-    return 0
+    try:
+        return min((place.blobs / file.blob).stat().st_size, file.size)
+    except OSError:
+        pass
+    # Version 0 of the library goes on with HASH.incomplete, version 1 makes a HASH.RANDOM.incomplete each time.
+    partial = [path.stat().st_size for path in place.blobs.glob(f"{file.blob}*.incomplete") if path.exists()]
+    return min(max(partial, default=0), file.size)
 
 
 @contextlib.contextmanager
@@ -269,11 +281,6 @@ def _explained(place: _Place) -> Iterator[None]:
             f"{place} is neither a folder that exists nor a hub id of the form NAME or OWNER/NAME. Correct --model-id"
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        if place.offline or isinstance(error, errors.OfflineModeIsEnabled):
-            raise ModelError(
-                f"{place} is not in {place.cache}, and HF_HUB_OFFLINE forbids asking the hub. Unset it for the first "
-                f"download, {elsewhere}"
-            ) from error
         raise ModelError(_unreachable(place, error)) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
