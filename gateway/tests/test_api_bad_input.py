@@ -199,7 +199,7 @@ NAMES = [field.encode_name for field in msgspec.structs.fields(ParametersBody)]
 OPENAI_NAMES = [field.encode_name for kind in (ChatBody, CompletionBody) for field in msgspec.structs.fields(kind)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.sampled_from(NAMES), values, max_size=4),
     st.dictionaries(st.sampled_from(OPENAI_NAMES), values, max_size=4),

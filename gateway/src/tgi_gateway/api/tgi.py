@@ -294,7 +294,8 @@ def _last_events(
 ) -> bytes:
     rest = generation.rest
     if pieces:
-        pieces[-1].text += rest
+        if not pieces[-1].special:
+            pieces[-1].text += rest
     else:  # the engine ended the request without a token, so that one without text has to carry the ending
         pieces = [Piece(0, rest, 0.0, not rest, ())]
     wanted = body.parameters
