@@ -198,6 +198,35 @@ def test_a_lower_priority_is_preempted_before_an_older_request() -> None:
     assert [sequence.request.request_id for sequence in batcher if sequence.state == "waiting"] == [1]
 
 
+def test_prompt_logprobs_start_anew_when_a_prefill_is_preempted() -> None:
+    batcher, _ = make(num_pages=1 + 21, max_step_tokens=3)
+    add(batcher, 1, [11] * 3, new=60)
+    finish(batcher, planned(batcher))
+    add(batcher, 2, [12] * 60, prefill_logprobs=True, new=2)
+    while not batcher.stats.preemptions:
+        finish(batcher, planned(batcher))
+    (younger,) = (sequence for sequence in batcher if sequence.state == "waiting")
+    assert 1 < len(younger.prompt_logprobs) < 60
+    told = []
+    while batcher.running or batcher.waiting:
+        told += [len(end.prefill_logprobs) for end in finish(batcher, planned(batcher)).finished]
+    assert told == [0, 60]
+
+
+def test_pages_on_their_way_back_are_waited_for_before_another_is_preempted() -> None:
+    batcher, _ = make(num_pages=1 + 12, prefix_caching=False)
+    for request_id in (1, 2, 3):
+        add(batcher, request_id, [10 + request_id] * 3, new=40)
+    in_flight = [planned(batcher)]
+    while not batcher.stats.preemptions:
+        step = batcher.plan()
+        in_flight += [step] if step is not None else []
+        finish(batcher, in_flight.pop(0))
+    # The third was in flight, so its pages are not back yet: the others stall for a step rather than lose theirs.
+    assert [sequence.state for sequence in batcher] == ["running", "running", "waiting"]
+    assert batcher.stats.preemptions == 1
+
+
 def test_newcomers_leave_the_running_ones_room_to_grow() -> None:
     batcher, _ = make(num_pages=1 + 10)
     add(batcher, 1, [11] * 15, new=20)

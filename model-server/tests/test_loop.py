@@ -122,7 +122,7 @@ def random_requests(draw: random.Random, count: int, largest: int) -> list[Reque
     return requests
 
 
-@DEPTHS
+@pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(25))
 def test_random_workloads_give_every_request_its_own_answer(depth: int, seed: int) -> None:
     """Cancels, preemption in a tiny pool, prefix hits, chunks, stop tokens: the tokens are as for each alone."""
@@ -254,6 +254,20 @@ def test_a_fully_cached_prompt_still_computes_one_token(depth: int) -> None:
     assert isinstance(end, Finished)
     assert end.usage.cached_tokens == 12
     assert ledger.tokens[2] == ledger.tokens[1]
+
+
+@DEPTHS
+def test_requests_of_different_salts_share_no_prefix(depth: int) -> None:
+    runner = ToyRunner(page_size=4, pipeline_depth=depth)
+    loop, ledger = make(runner)
+    cached = []
+    for request_id, salt in enumerate(["", "a", "b", "a", ""]):
+        loop.submit(request(request_id, [9] * 10, 2, cache_salt=salt))
+        drain(loop)
+        end = ledger.ends[request_id]
+        assert isinstance(end, Finished)
+        cached.append(end.usage.cached_tokens)
+    assert cached == [0, 0, 0, 8, 8]
 
 
 @DEPTHS

@@ -244,7 +244,7 @@ class Batcher:
             self.stats.failed_steps += 1
             for sequence in step.rows:
                 if sequence.state != "finished":
-                    self._leave(sequence, computed=False)
+                    self._leave(sequence)
                     self._fail(sequence, error)
         assert self._completed == self._planned
         self._empty_limbo()
@@ -453,8 +453,8 @@ class Batcher:
         insort(self._waiting, sequence, key=_rank)
         self.stats.preemptions += 1
 
-    def _leave(self, sequence: Sequence, *, computed: bool = True) -> None:
-        """Take the sequence out of its queue. A running one gives up slot and pages; if `computed`, they are cached."""
+    def _leave(self, sequence: Sequence) -> None:
+        """Take the sequence out of its queue. A running one gives up slot and pages; computed pages are cached."""
         if sequence.state != "running":
             self._waiting.remove(sequence)
             return
@@ -463,7 +463,7 @@ class Batcher:
         else:
             self._running.remove(sequence)
         left_over: list[int] = []
-        if computed and self.prefix is not None:
+        if self.prefix is not None:
             # A sampled token that was never fed back has no keys and values; one in flight is not known here.
             known = min(sequence.computed, len(sequence.tokens)) // self.limits.page_size
             if known > sequence.shared_pages:
