@@ -10,7 +10,11 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> int:
-    """Threads worth starting: physical cores of our affinity mask, within the CPU quota. OMP_NUM_THREADS overrules."""
+    """Threads worth starting: physical cores of our affinity mask, within the CPU quota, but one for the HTTP workers.
+
+    A step's threads wait for each other at every operation, so one that has to share its core slows all of them.
+    OMP_NUM_THREADS overrules.
+    """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
@@ -19,7 +23,7 @@ def usable_cores() -> int:
     else:
         logical = list(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in logical}
-    return max(1, min(len(cores), _cpu_quota() or len(cores)))
+    return max(1, min(len(cores), _cpu_quota() or len(cores)) - 1)
 
 
 def _siblings(cpu: int) -> str:

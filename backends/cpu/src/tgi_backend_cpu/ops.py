@@ -19,6 +19,8 @@ class CpuOps(ReferenceOps):
 
     def __init__(self) -> None:
         self._masks = CausalMasks()
+        self._angles: _Angles | None = None
+        self._scratch = (_Scratch(), _Scratch())
         self._onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
@@ -47,6 +49,16 @@ class CpuOps(ReferenceOps):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         residual.add_(x)
         return F.rms_norm(residual, weight.shape, weight, eps), residual
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if q.shape[-1] != 2 * cos.shape[-1]:
+            return super().rope(q, k, cos, sin)
+        angles = self._angles
+        if angles is None or angles.cos is not cos or angles.sin is not sin:
+            angles = self._angles = _Angles(cos, sin)
+        return angles.rotate(q), angles.rotate(k)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -77,7 +89,7 @@ class CpuOps(ReferenceOps):
         for group in arrangement.groups:
             mask, rows = group.mask, group.mask.shape[0]
             queries = q if group.tokens is None else q.index_select(0, group.tokens)
-            keys, values = _gather(k_pool, group.pages, rows), _gather(v_pool, group.pages, rows)
+            keys, values = self._gather_kv(k_pool, v_pool, group.pages, rows)
             attended = attend(queries.view(rows, *grouped), keys, values, mask, scale).reshape(rows, heads, head_dim)
             if group.tokens is None:
                 return attended
@@ -86,9 +98,20 @@ class CpuOps(ReferenceOps):
         out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
         for chunk in arrangement.chunks:
             new = slice(chunk.first_token, chunk.first_token + chunk.query_len)
-            keys, values = _gather(k_pool, chunk.pages, 1), _gather(v_pool, chunk.pages, 1)
+            keys, values = self._gather_kv(k_pool, v_pool, chunk.pages, 1)
             self._attend_chunk(q[new], keys, values, chunk, scale, sliding_window, out[new])
         return out
+
+    def _gather_kv(
+        self, k_pool: torch.Tensor, v_pool: torch.Tensor, pages: torch.Tensor, rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Twice [num_pages, PAGE_SIZE, kv_heads, D] -> [rows, kv_heads, padded_len, D], the rows' pages in order."""
+        size = (rows, pages.shape[0] // rows * PAGE_SIZE, *k_pool.shape[2:])
+        keys, values = (
+            scratch.gather(pool, pages).view(size).transpose(1, 2)
+            for scratch, pool in zip(self._scratch, (k_pool, v_pool), strict=True)
+        )
+        return keys, values
 
     def _attend_chunk(
         self,
@@ -121,10 +144,34 @@ class CpuOps(ReferenceOps):
             into.copy_(attended.view(kv_heads, tokens, group, head_dim).transpose(0, 1))
 
 
-def _gather(pool: torch.Tensor, pages: torch.Tensor, rows: int) -> torch.Tensor:
-    """[num_pages, PAGE_SIZE, kv_heads, D] -> [rows, kv_heads, padded_len, D], of the rows' pages in order."""
-    size = pages.shape[0] // rows * PAGE_SIZE
-    return pool.flatten(1).index_select(0, pages).view(rows, size, *pool.shape[2:]).transpose(1, 2)
+class _Angles:
+    """One step's cosines and sines in the form that turns whole heads; every layer of the step has the same."""
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self.cos, self.sin = cos, sin
+        self._half = cos.shape[-1]
+        self._cos = torch.cat((cos, cos), dim=-1)[:, None]
+        self._sin = torch.cat((-sin, sin), dim=-1)[:, None]
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, heads, 2 * half]: each half times cos, plus the other one times the signed sin."""
+        return torch.addcmul(x * self._cos, x.roll(self._half, -1), self._sin).to(x.dtype)
+
+
+class _Scratch:
+    """Memory for gathered pages, kept from layer to layer: fresh pages from the system cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def gather(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """[num_pages, ...] -> [pages, numbers of a page], valid until the next call."""
+        flat = pool.flatten(1)
+        size = pages.shape[0] * flat.shape[1]
+        if self._memory is None or self._memory.dtype is not pool.dtype or self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=pool.dtype)
+        out = self._memory[:size].view(pages.shape[0], flat.shape[1])
+        return torch.index_select(flat, 0, pages, out=out)
 
 
 def _in_fixed_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
