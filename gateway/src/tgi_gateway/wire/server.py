@@ -63,6 +63,7 @@ class WireServer:
         self._backend = backend
         self._socket_path = socket_path
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._lock = threading.Lock()  # guards _workers and every worker's open, pending and pending_rows
         self._workers: dict[int, _Attached] = {}
         self._server: grpc.aio.Server | None = None
@@ -125,7 +126,9 @@ class WireServer:
                     del self._workers[worker.index]
                     worker.pending.clear()
                     hung.append(worker)
-        if wake:
+        if threading.get_ident() == self._thread:
+            self._wake(wake)
+        elif wake:
             self._loop.call_soon_threadsafe(self._wake, wake)
         for worker in hung:
             self._loop.call_soon_threadsafe(worker.cut_off)
