@@ -88,10 +88,10 @@ class NullBackend(Backend):
         return self._model
 
     def submit(self, request: Request) -> None:
-        self._loop.call_soon_threadsafe(self._take, request)
+        self._loop.call_soon(self._take, request)  # the wire calls in the event loop
 
     def cancel(self, request_id: int) -> None:
-        self._loop.call_soon_threadsafe(self._drop, request_id)
+        self._loop.call_soon(self._drop, request_id)
 
     def capacity(self) -> Capacity:
         limit, tokens = self._model.max_sequences, self._model.max_batch_total_tokens
