@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
-SHARDS = 3
 BROKEN = Path(__file__).with_name("broken_backends.py")
 CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "Sound": (),
@@ -119,27 +116,8 @@ Failures = dict[str, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
-    """All broken backends, in a few processes side by side: they sleep more than they compute."""
-    folder = tmp_path_factory.mktemp("inner")
-    (folder / "pytest.ini").write_text("[pytest]\npython_files = broken_backends.py\n")
-    common = [sys.executable, "-m", "pytest", "-q", "-c", str(folder / "pytest.ini"), "--import-mode=importlib"]
-    common += ["-p", "no:cacheprovider", "-p", "no:asyncio", "-o", "junit_family=xunit1"]
-    defects, shards = list(CAUGHT_BY), []
-    for shard in range(SHARDS):
-        chosen = [f"{BROKEN}::Test{defect}" for defect in defects[shard::SHARDS]]
-        report = folder / f"{shard}.xml"
-        shards.append(
-            (report, subprocess.Popen([*common, f"--junit-xml={report}", *chosen], stdout=subprocess.DEVNULL))
-        )
-    failed: Failures = {}
-    for report, process in shards:
-        process.wait(500)
-        for case in ElementTree.parse(report).iter("testcase"):
-            owner = failed.setdefault(case.get("classname", "").rpartition(".")[2], {})
-            for problem in (*case.iter("failure"), *case.iter("error")):
-                owner[case.get("name", "")] = f"{problem.get('message')} {problem.text}"
-    return failed
+def failures(run_inner: Callable[[Path, Sequence[str], int], Failures]) -> Failures:
+    return run_inner(BROKEN, [f"Test{defect}" for defect in CAUGHT_BY], 3)
 
 
 @pytest.mark.timeout(600)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tgi_contract_tests.engine import Answer, Engine
+from tgi_contract_tests.known import KnownFailures
 from tgi_contract_tests.rules import Rule, broken, demand
 from tgi_gateway import plugins
 from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, Feature
@@ -25,7 +26,7 @@ _engines: dict[type, Engine] = {}
 """The running engine of the class under test: starting one may take a minute, so that tests share it."""
 
 
-class ContractBase:
+class ContractBase(KnownFailures):
     """Set `backend` to the name of an installed plug-in, or override `make`."""
 
     backend: ClassVar[str | None] = None
@@ -43,8 +44,6 @@ class ContractBase:
     """A prompt that the model answers with end-of-sequence within 32 tokens; found by trial if None."""
     logprobs_depend_on_tokens_only: ClassVar[bool] = True
     """False for toys whose next token depends on where the prompt ended, not on the tokens before it alone."""
-    known_failures: ClassVar[Mapping[str, str]] = {}
-    """Test name -> reason. Those tests must fail (strict xfail), so that the list cannot grow old."""
 
     def make(self) -> Backend:
         """A new backend, not started."""

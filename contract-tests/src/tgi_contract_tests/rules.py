@@ -52,16 +52,34 @@ RULES: dict[Rule, str] = {
     "drain": "`stop` lets open requests finish for `drain_s` seconds and fails the rest",
 }
 
+DeviceRule = Literal["facts", "memory-figures", "kv-layout", "ops", "attention", "plan", "buckets"]
+
+DEVICE_RULES: dict[DeviceRule, str] = {
+    "facts": "name, collective backend, pipeline depth and default dtype are such as the engine can use",
+    "memory-figures": "`memory` gives bytes, and no more free than there are",
+    "kv-layout": "`kv_layout` is one that PagePool can make",
+    "ops": "every operation agrees with the reference in float32, at every dtype and number of tokens",
+    "attention": "write_kv and attention agree with the reference over any page table, and read no other slot",
+    "plan": "`plan_attention` copies what it needs: the lists of a StepPlan change while the step runs",
+    "buckets": "a captured or padded step gives what the eager one gives, and every decode step has a bucket",
+}
+
 
 def broken(rule: Rule, seen: str) -> NoReturn:
     """Fail the test: the rule, what was seen instead, where to read on."""
-    pytest.fail(
-        f"the contract demands: {RULES[rule]}\nseen: {seen}\nread: docs/write-a-backend.md, rule `{rule}`",
-        pytrace=False,
-    )
+    _fail(RULES[rule], seen, f"docs/write-a-backend.md, rule `{rule}`")
+
+
+def broken_device(rule: DeviceRule, seen: str) -> NoReturn:
+    """The same for a device."""
+    _fail(DEVICE_RULES[rule], seen, f"docs/write-a-device.md, rule `{rule}`")
 
 
 def demand(kept: bool, rule: Rule, seen: str) -> None:
     """Fail the test unless the rule was kept."""
     if not kept:
         broken(rule, seen)
+
+
+def _fail(text: str, seen: str, page: str) -> NoReturn:
+    pytest.fail(f"the contract demands: {text}\nseen: {seen}\nread: {page}", pytrace=False)

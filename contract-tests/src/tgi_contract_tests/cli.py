@@ -1,0 +1,219 @@
+"""`tgi-contract NAME`: run the contract against an installed backend and print what it declares and keeps."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from tgi_contract_tests.installed import TestInstalled
+from tgi_gateway import hub, plugins
+from tgi_gateway.backend import ALL_FEATURES, BackendPlugin, EngineOptions
+from tgi_gateway.errors import GatewayError, PluginError, SettingsError
+
+Outcome = Literal["passed", "failed", "skipped", "known failure"]
+_INI = "[pytest]\npython_files = test_*.py\n"
+_TEST_FILE = "from tgi_contract_tests.installed import TestInstalled\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One test."""
+
+    name: str
+    group: str
+    outcome: Outcome
+    reason: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Results:
+    """A pytest plug-in that keeps results and prints a line for each."""
+
+    console: Console
+    groups: dict[str, str] = field(default_factory=dict)
+    """Test -> the class of the contract that defines it."""
+    all: list[Result] = field(default_factory=list)
+
+    @pytest.hookimpl(tryfirst=True)  # before -k selects
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            plain = getattr(item, "originalname", item.name)
+            owner = next(owner for owner in TestInstalled.__mro__ if plain in vars(owner))
+            self.groups[item.name] = owner.__name__
+            item.extra_keyword_matches.add(owner.__name__)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._keep("collection", "failed", report.longreprtext, 0.0)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.rpartition("::")[2]
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        if hasattr(report, "wasxfail") and report.skipped:
+            self._keep(name, "known failure", report.wasxfail, report.duration)
+        elif report.skipped:
+            self._keep(name, "skipped", reason.removeprefix("Skipped: "), report.duration)
+        elif report.failed:
+            self._keep(name, "failed", reason, report.duration)
+        elif report.when == "call":
+            self._keep(name, "passed", "", report.duration)
+
+    def count(self, outcome: Outcome, group: str | None = None) -> int:
+        return sum(each.outcome == outcome and group in (None, each.group) for each in self.all)
+
+    def _keep(self, name: str, outcome: Outcome, reason: str, seconds: float) -> None:
+        self.all.append(Result(name, self.groups.get(name, ""), outcome, reason, seconds))
+        style = {"passed": "green", "failed": "bold red", "skipped": "dim", "known failure": "yellow"}[outcome]
+        text = f"{outcome:>13}  {name}" + (f" ({reason})" if outcome in ("skipped", "known failure") else "")
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: every test passed or was skipped; 1: a test failed; 2: the contract could not be run."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        plugin = plugins.load(arguments.name)
+        missing = plugin.missing()
+        if missing is not None:
+            raise PluginError(f"this machine cannot run backend `{plugin.name}`: {missing}")
+        TestInstalled.backend = plugin.name
+        TestInstalled.model = _model(plugin, arguments.model)
+        TestInstalled.options = _options(plugin, arguments.set)
+        TestInstalled.patience_s = arguments.patience
+        TestInstalled.known_failures = dict(_pair(text) for text in arguments.known_failure)
+    except GatewayError as error:
+        console.print(f"tgi-contract: {error}", style="bold red", markup=False)
+        return 2
+    console.print(_capabilities(plugin))
+    results = Results(console)
+    status = _run(results, arguments.k)
+    console.print(_summary(results))
+    for result in results.all:
+        if result.outcome == "failed":
+            console.rule(result.name)
+            console.print(result.reason, markup=False, highlight=False)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(_report(plugin, results), indent=1) + "\n", "utf-8")
+    if all(result.outcome == "skipped" for result in results.all):
+        console.print("tgi-contract: no test was run", style="bold red")
+        return 2
+    return 1 if results.count("failed") or status not in (0, 1) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tgi-contract", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="an installed backend: `tgi-gateway backends` lists them")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="folder (or file) of a small model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="an engine option or a flag of the plug-in"
+    )
+    parser.add_argument(
+        "--known-failure", action="append", default=[], metavar="TEST=REASON", help="this test must fail; repeatable"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=60.0, metavar="S", help="seconds an engine may make no progress (default 60)"
+    )
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="only these tests or groups, as in pytest")
+    return parser
+
+
+def _model(plugin: BackendPlugin, chosen: Path | None) -> Path | None:
+    if chosen is not None and not chosen.exists():
+        raise SettingsError(f"--model {chosen}: there is no such folder or file")
+    if chosen is not None or not plugin.needs_model:
+        return chosen
+    return hub.demo_model()
+
+
+def _options(plugin: BackendPlugin, pairs: Sequence[str]) -> Mapping[str, Any]:
+    """Values are read as JSON, and as text where they are none."""
+    fields = {each.name for each in dataclasses.fields(EngineOptions)} - {"model_path", "model_id", "extra"}
+    flags = {flag.name.lstrip("-").replace("-", "_"): flag for flag in plugin.flags}
+    options: dict[str, Any] = {}
+    extra: dict[str, object] = {name: flag.default for name, flag in flags.items()}
+    for pair in pairs:
+        name, text = _pair(pair)
+        value: Any = text
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
+        name = name.lstrip("-").replace("-", "_")
+        if name in flags:
+            extra[name] = flags[name].kind(text)
+        elif name in fields:
+            options[name] = value
+        else:
+            raise SettingsError(f"--set {pair}: known are {', '.join(sorted(fields | flags.keys()))}")
+    return options | {"extra": extra}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError(f"`{text}` has no `=`: write NAME=VALUE")
+    return name, value
+
+
+def _run(results: Results, expression: str) -> int:
+    """Collect the contract from a file of its own, away from whatever pytest settings lie around."""
+    with tempfile.TemporaryDirectory(prefix="tgi-contract-") as name:
+        folder = Path(name)
+        (folder / "pytest.ini").write_text(_INI, "utf-8")
+        (folder / "test_installed.py").write_text(_TEST_FILE, "utf-8")
+        arguments = ["-c", str(folder / "pytest.ini"), f"--rootdir={folder}", "--import-mode=importlib"]
+        arguments += ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:asyncio", "-k", expression, str(folder)]
+        return int(pytest.main(arguments, [results]))
+
+
+def _capabilities(plugin: BackendPlugin) -> Table:
+    declared = plugin.capabilities
+    table = Table(title=f"backend {plugin.name}: {plugin.summary}", title_justify="left", show_header=False)
+    table.add_row("declared", ", ".join(sorted(declared.features)) or "no feature")
+    table.add_row("not declared", ", ".join(sorted(ALL_FEATURES - declared.features)) or "nothing")
+    table.add_row("prefix cache", "yes" if declared.prefix_cache else "no")
+    table.add_row("batching", "yes" if declared.batching else "no")
+    invariant = "exact" if declared.batch_invariant else f"within {declared.tolerance:g}"
+    table.add_row("alone against batched", invariant)
+    return table
+
+
+def _summary(results: Results) -> Table:
+    table = Table(title="results", title_justify="left")
+    for column in ("group", "passed", "failed", "skipped", "known failures"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    outcomes: tuple[Outcome, ...] = ("passed", "failed", "skipped", "known failure")
+    for group in dict.fromkeys(each.group for each in results.all):
+        table.add_row(group, *(str(results.count(outcome, group)) for outcome in outcomes))
+    table.add_section()
+    table.add_row("all", *(str(results.count(outcome)) for outcome in outcomes))
+    return table
+
+
+def _report(plugin: BackendPlugin, results: Results) -> dict[str, Any]:
+    capabilities = dataclasses.asdict(plugin.capabilities) | {"features": sorted(plugin.capabilities.features)}
+    outcomes: tuple[Outcome, ...] = ("passed", "failed", "skipped", "known failure")
+    return {
+        "backend": plugin.name,
+        "api_version": plugin.api_version,
+        "capabilities": capabilities,
+        "counts": {outcome: results.count(outcome) for outcome in outcomes},
+        "tests": [dataclasses.asdict(each) for each in results.all],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

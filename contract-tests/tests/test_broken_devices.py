@@ -1,0 +1,64 @@
+"""Every deliberately broken device is caught, by the tests that name its fault and by no other."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+BROKEN = Path(__file__).with_name("broken_devices.py")
+ATTENTION = {
+    "test_attention_at_each_length",
+    "test_attention_of_mixed_rows",
+    "test_attention_of_many_decode_rows",
+    "test_attention_of_head_groups",
+    "test_attention_of_head_dims",
+    "test_attention_in_a_sliding_window",
+}
+CAUGHT_BY: dict[str, set[str]] = {
+    "SoundDevice": set(),
+    "ForgetsTheBias": {"test_linear"},
+    "RoundsInLinear": {"test_linear"},
+    "NormsOverTheWholeRow": {"test_rms_norm_of_heads"},
+    "DropsTheResidual": {"test_add_rms_norm"},
+    "RotatesNeighbours": {"test_rope"},
+    "GatesTheWrongHalf": {"test_silu_mul"},
+    "NormsInPlace": {"test_operations_leave_their_inputs_alone", "test_add_rms_norm"},
+    "WritesOneFurther": ATTENTION | {"test_write_kv_changes_the_named_slots_and_no_other"},
+    "IgnoresTheWindow": {"test_attention_in_a_sliding_window"},
+    "WindowIsOneTooWide": {"test_attention_in_a_sliding_window"},
+    "ReadsToTheEndOfThePage": ATTENTION,
+    "MixesUpHeadGroups": ATTENTION,
+    "KeepsThePlansLists": {"test_a_plan_may_be_changed_after_it_was_handed_over"},
+    "MoreFreeThanThereIs": {"test_memory_figures_are_bytes_of_this_device"},
+    "LacksABucket": {"test_every_decode_step_has_a_bucket"},
+    "RepeatsTheCapturedStep": {"test_capture_equals_eager"},
+}
+Failures = dict[str, dict[str, str]]
+"""Test class -> test -> message."""
+
+
+@pytest.fixture(scope="module")
+def failures(run_inner: Callable[[Path, Sequence[str], int], Failures]) -> Failures:
+    return run_inner(BROKEN, [f"Test{defect}" for defect in CAUGHT_BY], 1)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("defect", CAUGHT_BY)
+def test_a_broken_device_is_caught_by_the_tests_that_name_its_fault(failures: Failures, defect: str) -> None:
+    failed = failures[f"Test{defect}"]
+    assert {name.partition("[")[0] for name in failed} == CAUGHT_BY[defect]
+    for text in failed.values():
+        assert "the contract demands: " in text
+        assert "read: docs/write-a-device.md, rule `" in text
+
+
+def test_every_broken_device_is_listed() -> None:
+    spec = importlib.util.spec_from_file_location("broken_devices_listed", BROKEN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert {defect.__name__ for defect in module.DEFECTS} == set(CAUGHT_BY)
