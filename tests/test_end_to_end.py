@@ -311,6 +311,15 @@ def test_a_folder_without_a_tokenizer_is_an_error_with_the_next_step(tmp_path: P
         assert "Traceback" not in gateway.log
 
 
+def test_a_broken_tokenizer_ends_the_start_with_its_message(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with launched("--backend", "echo", "--model-id", str(tmp_path), "--http-workers", "2") as gateway:
+        assert gateway.end() == 1
+        assert gateway.log.count("ERROR") == 1
+        assert f"{tmp_path}/tokenizer.json is not a readable tokenizer" in gateway.log
+        assert gateway.left_behind() == []
+
+
 def test_an_engine_that_cannot_start_says_why_once(byte_model: Path) -> None:
     with launched("--backend", "scripted", "--model-id", str(byte_model)) as gateway:
         assert gateway.end() == 1

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -50,6 +50,9 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     settings = assignment.settings
     folder = Path(assignment.model_path)
     tokenizer = Tokenizer.from_folder(folder, settings.tokenizer_config_path, settings.validation_workers)
+    chat_template = ChatTemplate.from_folder(folder, settings.tokenizer_config_path)
+    # However long the model takes: the launcher ends this process if the engine fails.
+    await _until(Path(assignment.socket_path).is_socket)
     backend = RemoteBackend(Path(assignment.socket_path), worker=assignment.worker)
     generations = Generations(backend, worker=assignment.worker)
     generations.bind(asyncio.get_running_loop())
@@ -61,7 +64,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
             backend=backend,
             generations=generations,
             tokenizer=tokenizer,
-            chat_template=ChatTemplate.from_folder(folder, settings.tokenizer_config_path),
+            chat_template=chat_template,
             metrics=RequestMetrics(
                 Metrics(), max_input_tokens=info.max_input_tokens, max_total_tokens=info.max_total_tokens
             ),
@@ -82,6 +85,11 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     listening = socket.socket(fileno=assignment.listen_fd)
     await _Server(config, reporter).serve(sockets=[listening])
     await backend.stop(0)
+
+
+async def _until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.05)
 
 
 if __name__ == "__main__":

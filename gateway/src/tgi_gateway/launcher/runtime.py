@@ -63,11 +63,11 @@ def runtime_folder(parent: str | None) -> Iterator[RuntimeFolder]:
 def bind(hostname: str, port: int) -> socket.socket:
     """Take the port without listening yet: clients are refused until the model is ready. Raises `StartError`."""
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise StartError(f"--hostname: {hostname} is no address of this machine ({error.strerror})") from error
+    # A name such as localhost may stand for both; clients that cannot do IPv6 are the more common kind.
+    family, kind, protocol, _, where = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     taken = socket.socket(family, kind, protocol)
     try:
         _bind(taken, where)

@@ -10,7 +10,7 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -91,8 +91,15 @@ class Supervisor:
             with Display(self.log, json_output=self.settings.json_output) as self._display:
                 model = await self._model(folder)
                 engine = await self._start_engine(folder, model)
+                # Already now: they load while the engine does, and a broken tokenizer is told before the model is in.
+                workers = [
+                    await self._start_worker(worker, folder, model, taken)
+                    for worker in range(self.settings.http_workers)
+                ]
+                await self._ready(engine)
                 runtime.listen(taken)
-                workers = await self._start_workers(folder, model, taken)
+                for child in workers:
+                    await self._ready(child)
             self._display = None
             hostname, port = taken.getsockname()[:2]
             taken.close()  # the workers have it; the port must close when the last of them stops accepting
@@ -120,7 +127,7 @@ class Supervisor:
         # The only child that may know the hub's token.
         assignment = self._assignment("download", folder)
         child = await self._start("tgi_gateway.launcher.download_process", assignment)
-        path = Path(await self._unless_told_to_stop(child.ready()))
+        path = Path(await self._ready(child))
         await child.exit
         self._children.remove(child)
         return path
@@ -129,28 +136,19 @@ class Supervisor:
         assignment = replace(
             self._assignment("engine", folder), settings=self.settings.without_secrets(), model_path=str(model)
         )
-        child = await self._start("tgi_gateway.launcher.engine_process", assignment)
-        await self._unless_told_to_stop(child.ready())
-        return child
+        return await self._start("tgi_gateway.launcher.engine_process", assignment)
 
-    async def _start_workers(self, folder: RuntimeFolder, model: Path, taken: socket.socket) -> list[Child]:
-        workers = []
-        for worker in range(self.settings.http_workers):
-            assignment = replace(
-                self._assignment(f"http-{worker}", folder),
-                settings=replace(self.settings, hf_token=None),
-                model_path=str(model),
-                worker=worker,
-                listen_fd=taken.fileno(),
-            )
-            # A worker's own threads are few and short; the cores belong to the engine.
-            few = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(self.settings.validation_workers)}
-            workers.append(
-                await self._start("tgi_gateway.launcher.http_process", assignment, few, keep_fds=(taken.fileno(),))
-            )
-        for child in workers:
-            await self._unless_told_to_stop(child.ready())
-        return workers
+    async def _start_worker(self, worker: int, folder: RuntimeFolder, model: Path, taken: socket.socket) -> Child:
+        assignment = replace(
+            self._assignment(f"http-{worker}", folder),
+            settings=replace(self.settings, hf_token=None),
+            model_path=str(model),
+            worker=worker,
+            listen_fd=taken.fileno(),
+        )
+        # A worker's own threads are few and short; the cores belong to the engine.
+        few = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(self.settings.validation_workers)}
+        return await self._start("tgi_gateway.launcher.http_process", assignment, few, keep_fds=(taken.fileno(),))
 
     def _assignment(self, process: str, folder: RuntimeFolder) -> Assignment:
         return Assignment(
@@ -173,15 +171,15 @@ class Supervisor:
         logger.debug("Started %s", child.name, extra=logs.fields(pid=child.process.pid))
         return child
 
-    async def _unless_told_to_stop(self, ready: Awaitable[str]) -> str:
-        """Wait for `ready`, telling from time to time that we still wait.
+    async def _ready(self, child: Child) -> str:
+        """Wait until `child` is ready, telling from time to time that we still wait; returns its text.
 
-        Raises `_Stop` at a signal and `StartError` if a process dies that was ready before.
+        Raises `_Stop` at a signal and `StartError` if any process dies.
         """
-        waiting = asyncio.ensure_future(ready)
+        others = [other for other in self._children if other is not child]
+        waiting = asyncio.create_task(child.ready())
         signalled = asyncio.create_task(self._signalled.wait())
-        others = [child for child in self._children if child.report.done()]
-        events: list[asyncio.Future[Any]] = [waiting, signalled, *(child.exit for child in others)]
+        events: list[asyncio.Future[Any]] = [waiting, signalled, *(other.exit for other in others)]
         began = time.monotonic()
         try:
             while True:
@@ -190,9 +188,10 @@ class Supervisor:
                     return waiting.result()
                 if signalled in done:
                     raise _Stop
-                for child in others:
-                    if child.exit.done():
-                        raise StartError(f"{child.name} {processes.ending(child.exit.result())} during start-up")
+                for other in others:
+                    if other.exit.done():
+                        await other.ready()  # raises what it told, if it never was
+                        raise StartError(f"{other.name} {processes.ending(other.exit.result())} during start-up")
                 logger.info("Still starting (%s) after %.0f s", self._phase or "no news", time.monotonic() - began)
         finally:
             waiting.cancel()
