@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -112,6 +113,7 @@ async def test_each_finished_request_logs_one_line_without_its_prompt(
     caplog.set_level(logging.DEBUG)
     wanted = {"inputs": "secret", "parameters": {"max_new_tokens": 3, "do_sample": True, "seed": 11}}
     await worker.answer("/generate", wanted)
+    await asyncio.sleep(0)  # the line is written after the answer
     records = [record for record in caplog.records if record.name == "tgi_gateway.request"]
     assert [record.getMessage() for record in records] == ["Success"]
     told = records[0].__dict__["tgi_span"]

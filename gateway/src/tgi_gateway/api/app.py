@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -55,6 +56,14 @@ class Application(FastAPI):
         await super().__call__(scope, receive, send)
 
 
+class PlainRoute(APIRoute):
+    """Described as FastAPI describes routes, called without its validation and dependencies, which no handler uses."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 PostHandler = Callable[[Services, Request, bytes], Awaitable[Response]]
 
@@ -79,6 +88,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.router.route_class = PlainRoute
     _add_posts(app, services)
     _add_gets(app, services)
     app.add_exception_handler(HTTPException, _without_body)
