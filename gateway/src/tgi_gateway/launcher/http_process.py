@@ -88,7 +88,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
 
 
 async def _until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
+    while not is_so():  # noqa: ASYNC110 - what is awaited happens in another process
         await asyncio.sleep(0.05)
 
 
