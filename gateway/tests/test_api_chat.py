@@ -99,6 +99,7 @@ async def test_a_stop_string_is_removed_and_reads_stop(worker: Worker) -> None:
         assert text_of(answer) == "<use"
         assert answer["choices"][0]["finish_reason"] == "stop"
         assert answer["usage"]["completion_tokens"] == 6
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
         events = await worker.events(CHAT, body(stop=stop, stream=True))
         assert "".join(event["choices"][0]["delta"]["content"] for event in events[:-1]) == "<use"
         assert events[-2]["choices"][0]["finish_reason"] == "stop"

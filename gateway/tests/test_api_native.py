@@ -97,6 +97,13 @@ async def test_prompt_tokens_are_told_where_the_operator_allows_it(
     assert all(each["logprob"] < 0 for each in prefill[1:])
 
 
+async def test_prompt_tokens_are_told_also_where_a_stop_sequence_ended_it(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(enable_prefill_logprobs=True)
+    answer = await worker.answer("/generate", body("abc", stop=["b"], decoder_input_details=True))
+    assert answer["details"]["finish_reason"] == "stop_sequence"
+    assert [each["text"] for each in answer["details"]["prefill"]] == ["a", "b", "c"]
+
+
 async def test_the_best_of_several_answers_is_returned_with_the_others(worker: Worker) -> None:
     wanted = body("abc", best_of=2, do_sample=True, temperature=10.0, max_new_tokens=6, details=True)
     for _ in range(5):

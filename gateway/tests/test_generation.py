@@ -158,18 +158,35 @@ async def test_text_that_no_piece_can_carry_is_the_rest(worker: Worker) -> None:
         assert (generation.text, generation.rest) == ("\ufffd", "\ufffd")
 
 
-async def test_a_stop_string_ends_at_once_and_cancels_in_the_engine(worker: Worker) -> None:
+async def test_a_stop_string_cancels_at_once_and_its_last_batch_waits_for_the_engines_ending(worker: Worker) -> None:
     async with worker.open(stop=("cd",), keep_stop=False) as generation:
         request_id = generation.request.request_id
         worker.engine.step(*(Token(request_id, token_id) for token_id in (0, 2, 3, 4)))
-        assert texts(await anext(generation)) == ["a", "", ""]
         assert generation.reason == "stop_sequence"
         assert generation.text == "a"
         assert generation.generated_tokens == 3
         assert worker.engine.cancelled == [request_id]
+        batch = asyncio.ensure_future(anext(generation))
+        for _ in range(2):
+            await asyncio.sleep(0)
+            assert not batch.done()
+            worker.engine.token(request_id, 5)
         worker.engine.finish(request_id, "cancelled")
+        assert texts(await batch) == ["a", "", ""]
         assert generation.reason == "stop_sequence"
+        assert generation.finished is not None
     assert worker.engine.cancelled == [request_id]
+
+
+async def test_an_engine_that_fails_after_a_stop_string_takes_nothing_away(worker: Worker) -> None:
+    async with worker.open(stop=("c",)) as generation:
+        request_id = generation.request.request_id
+        worker.engine.step(*(Token(request_id, token_id) for token_id in (0, 2)))
+        batch = asyncio.ensure_future(anext(generation))
+        await asyncio.sleep(0)
+        worker.generations.fail_all("gone")
+        assert texts(await batch) == ["a", "c"]
+        assert generation.reason == "stop_sequence"
 
 
 async def test_leaving_early_cancels_in_the_engine_and_forgets(worker: Worker) -> None:

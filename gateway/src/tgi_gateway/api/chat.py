@@ -372,7 +372,7 @@ def _logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Logprobs:
 
 
 def cached_tokens(generation: Generation) -> int | None:
-    """Prompt tokens from the prefix cache; None while the engine has not told, e.g. right after a stop string."""
+    """Prompt tokens from the prefix cache; None if the engine failed before it told them."""
     return None if generation.finished is None else generation.finished.usage.cached_tokens
 
 

@@ -59,7 +59,8 @@ class Generation:
 
     ``async for pieces in generation`` gives the tokens in batches, as they come; during the last batch, which may be
     empty, `reason` is set. A token that may be the last waits for the news whether it was, because an engine may tell
-    that one step later. Times are time.perf_counter() seconds of this process.
+    that one step later; and one that completes a stop string waits for what only the engine's ending tells: cached
+    tokens, queue time, log-probabilities of the prompt. Times are time.perf_counter() seconds of this process.
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class Generation:
         "_close",
         "_decoder",
         "_ending_ids",
+        "_engine_ended",
         "_exhausted",
         "_failure",
         "_held",
@@ -126,6 +128,8 @@ class Generation:
         """The newest piece may be the last, so it waits."""
         self._exhausted = False
         """The last batch was handed out."""
+        self._engine_ended = False
+        """The engine has told its ending, and it was no failure that is still to be raised."""
 
     @property
     def usage(self) -> Usage:
@@ -147,7 +151,7 @@ class Generation:
         """
         if self._exhausted:
             raise StopAsyncIteration
-        while self.reason is None and (not self._pieces or self._held):
+        while not self._engine_ended and (self.reason is not None or not self._pieces or self._held):
             if self._failure is not None:
                 if self._pieces:
                     break
@@ -202,6 +206,7 @@ class Generation:
 
     def finish(self, event: Finished, now: float) -> None:
         self.finished = event
+        self._engine_ended = True
         if self.reason is None:
             self._end(event.reason, now)
 
@@ -209,11 +214,13 @@ class Generation:
         if self.reason is None:
             self._failure = error
             self.ended_at = time.perf_counter()
+        else:
+            self._engine_ended = True  # the answer was complete already
 
     def wake(self) -> None:
         """Resume who waits, unless there is nothing to tell yet."""
         waiter = self._waiter
-        if waiter is None or (self._held and self.reason is None and self._failure is None):
+        if waiter is None or (self._failure is None and not self._engine_ended and (self._held or self.reason)):
             return
         self._waiter = None
         if not waiter.done():

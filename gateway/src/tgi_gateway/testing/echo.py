@@ -251,7 +251,9 @@ class EchoBackend(Backend):
                 case int():
                     sequence = self._remove(item)
                     if sequence is not None:
-                        events.finished.append(_finished(sequence, "cancelled"))
+                        # Whoever cancels after a stop string still wants what is known by then.
+                        known = self._prompt_logprobs(sequence.request) if sequence.output else ()
+                        events.finished.append(_finished(sequence, "cancelled", known))
                 case None:
                     self._stopping = True
                 case _:
