@@ -16,7 +16,7 @@ from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEve
 from tgi_model_server.batcher import BatchLimits
 from tgi_model_server.loop import StepLoop
 from tgi_model_server.plan import StepPlan
-from tgi_model_server.step import DeviceLost
+from tgi_model_server.step import DeviceLost, StepOutput
 from tgi_model_server.testing_runner import ToyRunner, toy_answer
 
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
@@ -403,6 +403,38 @@ def test_a_request_that_cannot_be_set_up_fails_alone() -> None:
     assert isinstance(broken, Failed)
     assert "secret" not in broken.message
     assert loop.load.available_pages == runner.num_pages - 1
+
+
+def test_requests_that_cannot_be_set_up_do_not_stand_in_the_way() -> None:
+    class Picky(ToyRunner):
+        def admit(self, slot: int, request: Request, output_ids: object) -> None:
+            if request.request_id < 10:
+                raise Unsupported("no such grammar")
+            super().admit(slot, request, output_ids)  # type: ignore[arg-type]
+
+    loop, ledger = make(Picky(max_sequences=2))
+    for n in range(1, 11):
+        loop.submit(request(n, [n] * 5, 2, ignore_eos=True))
+    drain(loop)
+    assert [ledger.reason(n) for n in range(1, 11)] == ["validation"] * 9 + ["length"]
+
+
+def test_a_runner_that_breaks_its_word_ends_every_request_and_the_loop() -> None:
+    class Forgetful(ToyRunner):
+        def run(self, plan: StepPlan) -> StepOutput:  # type: ignore[override]
+            output = super().run(plan)
+            if self.steps == 3:
+                output.wait().token_ids.pop()
+            return output
+
+    loop, ledger = make(Forgetful())
+    loop.start()
+    for n in range(1, 4):
+        loop.submit(request(n, [n], 9, ignore_eos=True))
+    ledger.wait_for(lambda: len(ledger.ends) == 3)
+    loop.stop(0.0)
+    assert {ledger.reason(n) for n in range(1, 4)} == {"generation"}
+    assert loop.failure == "the step loop broke"
 
 
 @pytest.mark.parametrize(

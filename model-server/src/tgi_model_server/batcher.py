@@ -358,17 +358,18 @@ class Batcher:
 
     def _plan_newcomers(self, step: Step, budget: int) -> None:
         """Let waiting sequences enter, in order, while slots, pages and budget last."""
-        at = 0
-        for sequence in self._waiting[: len(self._free_slots)]:
-            if budget <= 0 or sequence.last_step > self._completed:
-                break  # the second: its newest token is still in flight
+        waiting, at = self._waiting, 0
+        while at < min(len(waiting), self.limits.max_sequences) and self._free_slots and budget > 0:
+            sequence = waiting[at]
+            if sequence.last_step > self._completed:
+                break  # its newest token is still in flight
             verdict = self._enter(sequence, step.number, budget)
             if verdict == "full":
                 break
             if verdict == "later":
                 at += 1
                 continue
-            del self._waiting[at]
+            del waiting[at]
             if verdict == "entered":
                 budget -= self._plan_prefill(step, sequence, budget)
 
