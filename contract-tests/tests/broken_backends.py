@@ -45,7 +45,9 @@ class ForgetsTheEnd(Sound):
     """Does not look for the end at the first token, which comes from the prefill."""
 
     def spoil(self, step: StepEvents) -> StepEvents:
-        step.finished[:] = [each for each in step.finished if each.usage.generated_tokens != 1]
+        step.finished[:] = [
+            each for each in step.finished if each.reason != "length" or each.usage.generated_tokens > 1
+        ]
         return step
 
 
@@ -325,7 +327,6 @@ class _Contract(BackendContract):
 
     patience_s = 1.0
     end_prompt = (5, 6, 2, 7)
-    logprobs_depend_on_tokens_only = False
     defect: ClassVar[type[Sound]] = Sound
 
     def make(self) -> Backend:

@@ -16,6 +16,7 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
         "test_length_is_exact",
         "test_the_longest_prompt_is_served",
         "test_prompt_logprobs_are_one_per_token",
+        "test_prompt_logprobs_repeat_those_of_generation",
     ),
     "TokenAfterTheEnding": ("test_no_token_follows_the_ending",),
     "EventsOfStrangers": ("test_no_event_names_an_unknown_request",),
@@ -78,9 +79,16 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "StopsOnce": ("test_stop_may_be_called_twice",),
     "CapacityIsAlwaysWhole": ("test_capacity_counts_what_runs",),
     "CapacityCountsTheQueue": ("test_capacity_stays_within_its_bounds_under_load",),
-    "NanLogprobs": ("test_logprobs_are_at_most_zero", "test_the_greedy_token_is_the_most_likely"),
+    "NanLogprobs": (
+        "test_logprobs_are_at_most_zero",
+        "test_the_greedy_token_is_the_most_likely",
+        "test_prompt_logprobs_repeat_those_of_generation",
+    ),
     "TopIsUnsorted": ("test_top_tokens_are_sorted_distinct_and_sum_to_at_most_one",),
-    "LogprobsAfterTemperature": ("test_the_greedy_token_is_the_most_likely",),
+    "LogprobsAfterTemperature": (
+        "test_the_greedy_token_is_the_most_likely",
+        "test_prompt_logprobs_repeat_those_of_generation",
+    ),
     "PromptLogprobsWithoutTheFirst": ("test_prompt_logprobs_are_one_per_token",),
     "ModelInfoContradictsItself": (
         "test_model_info_is_sane",
@@ -89,11 +97,6 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     ),
 }
 SIDE_EFFECTS: dict[str, tuple[str, ...]] = {
-    # A request cancelled right after its first token has one token, too.
-    "ForgetsTheEnd": (
-        "test_cancel_before_the_first_token_frees_its_capacity",
-        "test_a_storm_of_cancels_ends_them_all_and_frees_everything",
-    ),
     "LeaksOnCancel": ("test_cancel_before_the_first_token_frees_its_capacity",),
     # Whatever submits while the gateway is busy.
     "SubmitWaitsForTheStep": (

@@ -17,7 +17,6 @@ class TestEcho(BackendContract):
     backend = "echo"
     patience_s = 10.0
     end_prompt = (5, 6, 2, 7)
-    logprobs_depend_on_tokens_only = False
 
     def make(self) -> Backend:
         return EchoBackend(MODEL, step_s=0.0003)
@@ -31,7 +30,6 @@ class TestScripted(BackendContract):
     backend = "scripted"
     patience_s = 10.0
     end_prompt = (5, 6)
-    logprobs_depend_on_tokens_only = False
     features: frozenset[Feature] = frozenset()
 
     def make(self) -> Backend:

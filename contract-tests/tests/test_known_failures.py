@@ -11,8 +11,6 @@ from tgi_contract_tests import BackendContract
 from tgi_gateway.testing import EchoBackend, toy_model
 
 class TestEcho(BackendContract):
-    logprobs_depend_on_tokens_only = False
-
     def make(self):
         return EchoBackend(toy_model(max_sequences=4, max_total_tokens=64))
 """

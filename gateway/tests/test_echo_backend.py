@@ -12,7 +12,7 @@ import pytest
 
 from tgi_gateway.backend import EngineOptions
 from tgi_gateway.errors import ModelError, Unhealthy
-from tgi_gateway.testing import EchoBackend, plugin_echo, toy_model
+from tgi_gateway.testing import EchoBackend, distribution, plugin_echo, toy_model
 from tgi_gateway.testing.echo import toy_model_from
 from tgi_gateway.types import Event, Failed, Finished, Request, SamplingParams, StepEvents, StopRules, Token, Usage
 
@@ -156,6 +156,12 @@ async def test_an_emit_that_raises_kills_the_engine_and_health_says_so() -> None
     with pytest.raises(Unhealthy):
         await backend.health()
     await backend.stop(0.0)
+
+
+def test_a_prompt_that_goes_round_is_expected_to() -> None:
+    assert distribution.expected_in_prompt((5, 6, 7, 5, 6, 9)) == [5, 5, 5, 6, 7]
+    assert distribution.expected_in_prompt((5, 5, 6, 5, 5, 5)) == [5, 5, 5, 5, 6]
+    assert distribution.expected_in_prompt((5,)) == []
 
 
 def test_options_and_the_model_folder_size_the_engine(tmp_path: Path) -> None:

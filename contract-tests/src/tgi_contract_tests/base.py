@@ -42,8 +42,6 @@ class ContractBase(KnownFailures):
     """Steps that may be under way when a cancel arrives."""
     end_prompt: ClassVar[tuple[int, ...] | None] = None
     """A prompt that the model answers with end-of-sequence within 32 tokens; found by trial if None."""
-    logprobs_depend_on_tokens_only: ClassVar[bool] = True
-    """False for toys whose next token depends on where the prompt ended, not on the tokens before it alone."""
 
     def make(self) -> Backend:
         """A new backend, not started."""

@@ -66,8 +66,6 @@ class Logprobs(ContractBase):
 
     @pytest.mark.needs("logprobs", "prefill_logprobs")
     def test_prompt_logprobs_repeat_those_of_generation(self, engine: Engine) -> None:
-        if not self.logprobs_depend_on_tokens_only:
-            pytest.skip("the class says that its next token depends on where the prompt ended")
         written = engine.run_one(self.request(self.prompt(engine), 12, logprobs=True))
         read = engine.run_one(
             self.request((*written.request.input_ids, *written.ids), 1, prefill_logprobs=True)

@@ -28,6 +28,21 @@ def most_likely(expected: int, n: int, vocab_size: int) -> tuple[tuple[int, floa
     return tuple((token_id, logprob(expected, token_id, vocab_size)) for token_id in tokens)
 
 
+def expected_in_prompt(prompt: Sequence[int]) -> list[int]:
+    """What an echo expects after each of the prompt's beginnings but the whole: that the text so far goes round.
+
+    Element i is the token after the longest proper beginning of ``prompt[: i + 1]`` that is also its end (the failure
+    function of Knuth, Morris and Pratt 1977), so that an answer read back is as likely as when it was written.
+    """
+    borders = [0]
+    for at in range(1, len(prompt) - 1):
+        border = borders[-1]
+        while border and prompt[at] != prompt[border]:
+            border = borders[border - 1]
+        borders.append(border + (prompt[at] == prompt[border]))
+    return [prompt[border] for border in borders[: len(prompt) - 1]]
+
+
 def choose(
     expected: int,
     vocab_size: int,

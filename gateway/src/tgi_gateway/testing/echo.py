@@ -374,11 +374,13 @@ class EchoBackend(Backend):
         )
 
     def _prompt_logprobs(self, request: Request) -> tuple[float, ...]:
-        """Each prompt token, after the ones before it: an echo of those would begin with the first."""
+        """Each prompt token, after the ones before it."""
         if not request.prefill_logprobs:
             return ()
-        first, *rest = request.input_ids
-        return (NO_LOGPROB, *(distribution.logprob(first, token_id, self.model.vocab_size) for token_id in rest))
+        prompt = request.input_ids
+        expected = distribution.expected_in_prompt(prompt)
+        known = zip(expected, prompt[1:], strict=True)
+        return (NO_LOGPROB, *(distribution.logprob(guess, actual, self.model.vocab_size) for guess, actual in known))
 
 
 def _finished(sequence: Sequence, reason: FinishReason, prompt_logprobs: tuple[float, ...] = ()) -> Finished:

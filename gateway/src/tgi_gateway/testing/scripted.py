@@ -26,7 +26,7 @@ from tgi_gateway.testing.echo import HEALTH_TIMEOUT_S, EchoBackend, Sequence, to
 from tgi_gateway.types import NO_LOGPROB, Request, Token
 
 SCRIPTED_CAPABILITIES = Capabilities(
-    features=frozenset({"logprobs", "top_n_tokens", "prefill_logprobs", "ignore_eos", "stop_token_ids"}),
+    features=frozenset({"logprobs", "top_n_tokens", "ignore_eos", "stop_token_ids"}),
     max_top_n_tokens=20,
 )
 After = Literal["end", "repeat", "fail", "hang", "crash"]
