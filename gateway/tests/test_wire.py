@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -402,6 +403,39 @@ async def test_steps_that_a_busy_worker_has_not_fetched_are_merged(engine: Manua
     tokens = [event for event in worker.events() if isinstance(event, Token)]
     assert [token.logprob for token in tokens] == [-float(token_id) for token_id in range(1000)]
     assert all(token.top == ((token.token_id, -1.0),) for token in tokens)
+
+
+async def test_a_worker_that_is_always_late_gets_steps_merged_instead_of_a_growing_backlog(socket_path: Path) -> None:
+    program = f"""
+import asyncio
+from pathlib import Path
+from tgi_gateway.testing import EchoBackend
+from tgi_gateway.wire.server import serve
+
+async def main():
+    await (await serve(EchoBackend(step_s=0.001), Path({str(socket_path)!r}))).wait()
+
+asyncio.run(main())
+"""
+    host = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        worker = Worker(socket_path)
+
+        def slow(events: StepEvents) -> None:
+            time.sleep(0.02)  # twenty steps of the engine
+            worker.emit(events)
+
+        await worker.backend.start(slow)
+        ids = range(1, 65)
+        for request_id in ids:
+            worker.backend.submit(replace(request(request_id), stop=StopRules(300)))
+        await worker.until(lambda: sum(len(message.finished) for message in worker.messages) == len(ids))
+        await worker.backend.stop(0.0)
+    finally:
+        host.kill()
+        host.wait()
+    assert sum(len(message.request_ids) for message in worker.messages) == 300 * len(ids)
+    assert len(worker.messages) < 150
 
 
 async def test_a_worker_that_reads_nothing_is_cut_off_and_its_requests_are_cancelled(

@@ -17,7 +17,7 @@ from tgi_gateway.backend import API_VERSION, Capabilities, Capacity, Emit, Model
 from tgi_gateway.errors import GatewayError, IncompleteGeneration, StartError, Unhealthy, ValidationError
 from tgi_gateway.types import Failed, Request, StepEvents
 from tgi_gateway.wire import engine_pb2 as pb
-from tgi_gateway.wire.channel import ATTACH, HEALTH, OPTIONS, SERVICE, address
+from tgi_gateway.wire.channel import ATTACH, HEALTH, SERVICE, WORKER_OPTIONS, address
 from tgi_gateway.wire.codec import (
     decode_capabilities,
     decode_capacity,
@@ -86,7 +86,7 @@ class RemoteBackend:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._wake, self._drained = asyncio.Event(), asyncio.Event()
-        self._channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
+        self._channel = grpc.aio.insecure_channel(self._target, options=WORKER_OPTIONS)
         try:
             call, welcome = await asyncio.wait_for(self._attach(), self._connect_timeout_s)
         except (TimeoutError, grpc.RpcError) as error:
