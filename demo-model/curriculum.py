@@ -16,13 +16,13 @@ from lessons.rendering import Segment, segments
 Draw = Callable[[random.Random], Exchange]
 
 SMALL: dict[str, tuple[Draw, float]] = {
-    "arithmetic": (skills.arithmetic, 2.2),
-    "capitals": (facts.capital, 1.0),
-    "facts": (facts.knowledge, 1.6),
-    "copying": (skills.copying, 1.4),
-    "counting": (skills.counting, 0.8),
-    "sorting": (skills.sorting, 2.0),
-    "chat": (smalltalk.conversation_piece, 1.0),
+    "arithmetic": (skills.arithmetic, 4.0),
+    "capitals": (facts.capital, 0.5),
+    "facts": (facts.knowledge, 0.9),
+    "copying": (skills.copying, 1.6),
+    "counting": (skills.counting, 1.5),
+    "sorting": (skills.sorting, 2.4),
+    "chat": (smalltalk.conversation_piece, 0.6),
 }
 
 
@@ -178,7 +178,7 @@ def _with_tools(rng: random.Random) -> Conversation:
     """A few exchanges around the same tools, so that their signatures are paid for once."""
     offered = toolbox.offer(rng)
     messages: list[Message] = []
-    for _ in range(rng.choice((1, 1, 2, 3, 4))):
+    for _ in range(rng.choice((1, 2, 3))):
         if rng.random() < 0.65:
             exchange = _trainable(rng, lambda draw: toolbox.use(draw, offered)[0])
         else:
@@ -223,17 +223,17 @@ def _raw(rng: random.Random, draw: Draw) -> Conversation:
 
 # Shares by number of conversations; their lengths differ, see `python curriculum.py --shares`.
 MIXTURE: dict[str, tuple[Callable[[random.Random], Conversation], float]] = {
-    "small": (lambda rng: _single(rng, small), 34),
-    "talk": (lambda rng: _talk(rng, rng.randint(2, 6)), 7),
-    "long": (_long, 1),
-    "story": (lambda rng: _single(rng, stories.story), 5),
-    "json": (lambda rng: _single(rng, records.record), 12),
-    "tools": (_with_tools, 16),
-    "memory": (lambda rng: _single(rng, lambda draw: skills.memory(draw, _safe_small)), 5),
-    "system": (lambda rng: _single(rng, instructed), 6),
+    "small": (lambda rng: _single(rng, small), 120),
+    "talk": (lambda rng: _talk(rng, rng.randint(2, 6)), 5),
+    "long": (_long, 0.6),
+    "story": (lambda rng: _single(rng, stories.story), 4),
+    "json": (lambda rng: _single(rng, records.record), 20),
+    "tools": (_with_tools, 15),
+    "memory": (lambda rng: _single(rng, lambda draw: skills.memory(draw, _safe_small)), 3),
+    "system": (lambda rng: _single(rng, instructed), 9),
     "refuse": (lambda rng: _single(rng, lambda draw: toolbox.refuse(draw)), 1),
-    "plain": (lambda rng: _raw(rng, plain), 7),
-    "text": (lambda rng: Conversation(running_text(rng)), 4),
+    "plain": (lambda rng: _raw(rng, plain), 5),
+    "text": (lambda rng: Conversation(running_text(rng)), 2),
 }
 
 

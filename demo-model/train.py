@@ -9,6 +9,7 @@ import argparse
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from training.tokenizer import export_tokenizer, train_tokenizer
 
 PACKAGE = Path(__file__).parent / "src" / "tgi_demo_model"
 CHUNK = 4096  # conversations drawn, tokenized and sorted by length at a time
-MICRO_TOKENS = 4096
+MICRO_TOKENS = 2560
 MICRO_PER_STEP = 2
 EMA_DECAY = 0.995
 
@@ -101,7 +102,7 @@ def graded_segments(exchange: Exchange) -> list[Segment]:
 
 
 @torch.no_grad()
-def examine(model: Decoder, tokenizer: Tokenizer, device: torch.device, count: int = 60) -> dict[str, float]:
+def examine(model: Decoder, tokenizer: Tokenizer, device: torch.device, count: int = 40) -> dict[str, float]:
     """Share of held-out answers predicted right token by token, which is what greedy decoding would say.
 
     Stories have no single right answer, so for them it is the share of right tokens."""
@@ -109,7 +110,7 @@ def examine(model: Decoder, tokenizer: Tokenizer, device: torch.device, count: i
     for task in curriculum.EXAMS:
         rows = encode(tokenizer, [graded_segments(exchange) for exchange in curriculum.examination(task, count)], 4096)
         right = 0.0
-        for batch_rows in group(rows, 4 * MICRO_TOKENS):
+        for batch_rows in group(rows, 16_384):
             batch = collate(batch_rows, device)
             hits = (model(batch.ids, batch.positions).argmax(-1) == batch.targets).tolist()
             for _, trained in batch_rows:
@@ -134,10 +135,14 @@ class Run:
         self.checkpoint = options.work / f"{options.size}.pt"
         self.model = Decoder(self.shape).to(self.device)
         self.average = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        # One thread per batch: on shared cores, threads that meet once a step wait less than threads in each product.
+        torch.set_num_threads(options.threads)
+        workers = 1 if self.device.type == "cuda" else MICRO_PER_STEP
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(options.threads,))
         matrices = [weight for name, weight in self.model.named_parameters() if "proj" in name]
         others = [weight for name, weight in self.model.named_parameters() if "proj" not in name]
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=options.matrix_lr),
+            Muon(matrices, lr=options.matrix_lr, run=self.pool.map),
             torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.peaks = [options.matrix_lr, options.other_lr]
@@ -172,6 +177,13 @@ class Run:
         model.load_state_dict(self.average)
         return model.eval()
 
+    def gradients(self, batch: Batch, wanted: int) -> tuple[float, tuple[Tensor, ...]]:
+        """The batch's part of the step's loss and gradients."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self.model(batch.ids, batch.positions)
+        loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / wanted
+        return loss.item(), torch.autograd.grad(loss, list(self.model.parameters()))
+
     def update(self, batches: list[Batch]) -> None:
         progress = self.used_s / (60 * self.options.minutes)
         factor = learning_rate_factor(progress, (self.step + 1) / 100)
@@ -179,14 +191,11 @@ class Run:
             for settings in optimizer.param_groups:
                 settings["lr"] = peak * factor
         wanted = sum(len(batch.targets) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                logits = self.model(batch.ids, batch.positions)
-            loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / wanted
-            torch.autograd.backward(loss)
-            total += loss.item()
-            self.tokens += batch.ids.numel()
+        parts = list(self.pool.map(lambda batch: self.gradients(batch, wanted), batches))
+        total = sum(loss for loss, _ in parts)
+        for weight, *gradients in zip(self.model.parameters(), *(part for _, part in parts), strict=True):
+            weight.grad = torch.stack(gradients).sum(dim=0)
+        self.tokens += sum(batch.ids.numel() for batch in batches)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -200,10 +209,12 @@ class Run:
 
     def train(self, tokenizer: Tokenizer) -> None:
         options = self.options
+        stream = training_batches(tokenizer, self.chunk, options.longest, self.device)
         if not options.no_compile:
             for layer in self.model.layers:
-                layer.forward = torch.compile(layer.forward, dynamic=True)
-        stream = training_batches(tokenizer, self.chunk, options.longest, self.device)
+                layer.compile(dynamic=True)
+            for _, batch in islice(stream, 2):  # compiled here, because several threads may not compile at once
+                self.gradients(batch, 1)
         before, shown, saved = time.monotonic(), time.monotonic(), time.monotonic()
         while self.used_s < 60 * options.minutes:
             drawn = [next(stream) for _ in range(MICRO_PER_STEP)]
@@ -243,11 +254,9 @@ def main() -> None:
     parser.add_argument(
         "--other-lr", type=float, default=0.004, help="peak learning rate of AdamW: embeddings and norms"
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per batch of a step")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     out: Path = options.out or PACKAGE / ("draft" if options.size == "draft" else "weights")
 

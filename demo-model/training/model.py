@@ -118,6 +118,7 @@ def export(weights: dict[str, Tensor], shape: Shape, folder: Path) -> None:
         f"model.{name}": weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,7 +1,7 @@
 """Muon: momentum whose matrix updates are made orthogonal (Keller Jordan, 2024), batched over equal shapes."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -21,10 +21,18 @@ def orthogonalize(stack: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
+    """For weight matrices only; `run` is map, or the map of a thread pool."""
+
     def __init__(
-        self, weights: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05
+        self,
+        weights: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.05,
+        run: Callable[..., Iterable[Tensor]] = map,
     ) -> None:
         super().__init__(list(weights), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._run = run
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
@@ -32,15 +40,18 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
                 by_shape[tuple(weight.shape)].append(weight)
-            for (rows, columns), weights in by_shape.items():
-                updates = []
-                for weight in weights:
-                    gradient = weight.grad
-                    if gradient is None:
-                        raise ValueError("A weight has no gradient. Give the optimizer only weights that are used.")
-                    moment = self.state[weight].setdefault("moment", torch.zeros_like(weight))
-                    moment.lerp_(gradient, 1 - group["momentum"])
-                    updates.append(gradient.lerp(moment, group["momentum"]))
+            stacks = [torch.stack([self._momentum(weight, group["momentum"]) for weight in same])
+                      for same in by_shape.values()]
+            for same, updates in zip(by_shape.values(), self._run(orthogonalize, stacks), strict=True):
+                rows, columns = same[0].shape
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for weight, update in zip(weights, orthogonalize(torch.stack(updates)), strict=True):
+                for weight, update in zip(same, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+
+    def _momentum(self, weight: Tensor, momentum: float) -> Tensor:
+        gradient = weight.grad
+        if gradient is None:
+            raise ValueError("A weight has no gradient. Give the optimizer only weights that are used.")
+        moment = cast(Tensor, self.state[weight].setdefault("moment", torch.zeros_like(weight)))
+        moment.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(moment, momentum)
