@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -313,6 +315,24 @@ async def test_a_template_that_refuses_is_a_template_error(
         assert response.json() == {"error": "Template error: roles must alternate", "error_type": "template_error"}
     monkeypatch.setattr(worker.services, "chat_template", None)
     assert (await worker.error(CHAT, body())).startswith("Template error: this model has no chat template")
+
+
+async def test_a_template_that_once_was_slow_is_rendered_in_a_thread(worker: Worker) -> None:
+    class Watched(ChatTemplate):
+        def render(self, *arguments: Any, **more: Any) -> str:
+            threads.append(threading.current_thread() is threading.main_thread())
+            time.sleep(0.06 if len(threads) == 2 else 0)
+            return super().render(*arguments, **more)
+
+    threads: list[bool] = []
+    worker.services.chat_template = Watched({"default": "{{ messages[0].content }}"}, {})
+    for text in ("short", "short", "short", "short"):
+        answer = await worker.answer("/chat_tokenize", body(text))
+        assert answer["templated_text"] == "short"
+    assert threads == [True, True, False, False]
+    worker.services.slow_template = False
+    await worker.answer("/chat_tokenize", body("long" * 2000))
+    assert threads[-1] is False
 
 
 async def test_messages_are_needed(worker: Worker) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -227,6 +228,45 @@ async def test_a_failure_before_the_first_token_has_its_status_in_a_stream(
     response = await worker.post("/generate_stream", body("x", max_new_tokens=100))
     assert response.status_code == 422
     assert response.json()["error_type"] == "validation"
+
+
+async def test_a_lost_engine_is_an_incomplete_generation(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(EchoBackend(byte_toy(max_total_tokens=100_000), step_s=0.01))
+    answer = asyncio.create_task(worker.post("/generate", body("x")))
+    stream = asyncio.create_task(worker.events("/generate_stream", body("x")))
+    chat = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    chunks = asyncio.create_task(worker.events("/v1/chat/completions", chat))
+    for _ in range(1000):
+        await asyncio.sleep(0.01)
+        begun = [one.generated_tokens for one in worker.services.generations._open.values()]
+        if len(begun) == 3 and all(begun):
+            break
+    worker.services.generations.fail_all("Incomplete generation")
+    response = await answer
+    assert response.status_code == 500
+    assert response.json() == {"error": "Incomplete generation", "error_type": "incomplete_generation"}
+    last = (await stream)[-1]
+    assert last == {"error": "Incomplete generation stream", "error_type": "incomplete_generation_stream"}
+    assert (await chunks)[-2:] == [{"error": {"message": "Incomplete generation", "http_status_code": 500}}, "[DONE]"]
+    assert 'tgi_request_failure{err="incomplete"} 3.0' in (await worker.client.get("/metrics")).text
+
+
+async def test_a_defect_of_ours_is_told_without_its_text_and_logged_once(
+    worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("an address: 0x7f")
+
+    monkeypatch.setattr(worker.services.tokenizer, "encode_async", broken)
+    for path in ("/generate", "/generate_stream", "/tokenize"):
+        caplog.clear()
+        response = await worker.post(path, body("x"))
+        assert response.status_code == 500
+        assert response.json()["error"] == "Internal server error"
+        tracebacks = [record for record in caplog.records if record.exc_info]
+        assert len(tracebacks) == 1
+    monkeypatch.undo()
+    await worker.answer("/generate", body("x", max_new_tokens=1))
 
 
 async def test_an_engine_that_dies_ends_answers_and_streams(start_worker: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from json.encoder import encode_basestring
 
-from tgi_gateway.api.errors import ClientGone, as_gateway_error, failure_label
+from tgi_gateway.api.errors import INTERNAL, ClientGone, failure_label
 from tgi_gateway.api.generation import Generation, Generations, Piece
 from tgi_gateway.backend import Backend, ModelInfo
 from tgi_gateway.errors import GatewayError, IncompleteGeneration, Overloaded
@@ -70,6 +70,7 @@ class Services:
     adapters: frozenset[str] = field(init=False)
     compute_type: str = field(init=False)
     eos_token_ids: frozenset[int] = field(init=False)
+    slow_template: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.settings, self.info)
@@ -227,7 +228,7 @@ class Call:
             self.services.metrics.failure("dropped")
             log.info("Client hung up", extra=logs.span(self.route))
             return
-        known = as_gateway_error(error)
+        known = error if isinstance(error, GatewayError) else INTERNAL  # whoever answers logs the traceback
         label = failure_label(known)
         if label is not None:
             self.services.metrics.failure(label)
