@@ -79,18 +79,25 @@ class ContractBase(KnownFailures):
             if engine is not None:
                 del _engines[type(self)]
                 close(engine)
-            engine = Engine(self.make(), self.patience_s)
+            engine = self._started()
             _engines[type(self)] = engine
-            engine.start()
         return engine
 
     @pytest.fixture
     def own_engine(self) -> Iterator[Engine]:
         """A running engine for a test that stops or breaks it."""
-        engine = Engine(self.make(), self.patience_s)
-        engine.start()
+        engine = self._started()
         yield engine
         close(engine)
+
+    def _started(self) -> Engine:
+        engine = Engine(self.make(), self.patience_s)
+        try:
+            engine.start()
+        except BaseException:
+            close(engine)
+            raise
+        return engine
 
     @pytest.fixture(autouse=True)
     def _declared_features_only(self, request: pytest.FixtureRequest) -> None:
