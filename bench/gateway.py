@@ -7,7 +7,8 @@ Three processes as in production, the engine replaced by one that does no work: 
 Unix socket), HTTP worker (the real process: validation, detokenizer, JSON, uvicorn), and a client over TCP. The core's
 rate is tokens by CPU seconds of the HTTP worker, all its threads counted; so it holds whatever else the machine does.
 "Each its own": the engine is paced so that every token has a wake-up and a write of its own, the worst case. "Flood":
-the engine offers more than the worker takes, and steps that pile up are sent together.
+the engine offers more than the worker takes, and steps that pile up are sent together. "Delay": from the engine's step
+to the client, for a sample of tokens.
 The bare application writes the same chunks from the same uvicorn and does nothing else.
 """
 
@@ -544,8 +545,10 @@ async def bench(folder: Path, *, seconds: float, streams: int, tokens: int, offe
     async with gateway(folder, streams / offered) as served:
         await run("native, each its own", served, native(tokens), tokens, sample=True)
         await run("chat, each its own", served, chat(tokens), tokens + 1)
+    async with gateway(folder, streams / TARGET_TOKENS_PER_S) as served:
+        await run(f"native, {TARGET_TOKENS_PER_S:,}/s offered", served, native(tokens), tokens, sample=True)
     async with gateway(folder, streams / 400_000) as served:
-        await run("native, flood", served, native(tokens), tokens)
+        await run("native, flood", served, native(tokens), tokens, sample=True)
         await run("chat, flood", served, chat(tokens), tokens + 1)
     async with gateway(folder, 0.0) as served:
         requests = int(200 * max(seconds, 1))
