@@ -78,6 +78,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks for the client's address
         backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.graceful_termination_timeout,
