@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ import torch
 from tgi_gateway.backend import ALL_FEATURES, Capabilities, Capacity, EngineOptions, ModelInfo
 from tgi_gateway.errors import ModelError, SettingsError, StartError, Unhealthy
 from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
+from tgi_model_server import backend as backend_module
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
 from tgi_model_server.engine import load_engine
@@ -298,6 +300,32 @@ async def test_a_lost_device_fails_open_requests_and_health(folder: Path, monkey
             await client.backend.health()
         await client.run(greedy(2, prompts(1)[0], 2))
         assert client.refused(2).startswith("healthcheck: ")
+
+
+async def test_a_hanging_device_is_unhealthy_until_it_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(backend_module, "STALL_S", 0.05)
+    async with serving(folder, ReferenceDevice) as client:
+        engine = client.backend._engine
+        assert engine is not None
+        run, go_on = engine.run, threading.Event()
+
+        def hang(plan: StepPlan) -> StepOutput:
+            go_on.wait(30.0)
+            return run(plan)
+
+        monkeypatch.setattr(engine, "run", hang)
+        with pytest.raises(Unhealthy, match="took more than"):
+            await client.backend.health()
+        assert client.backend.capacity().free_sequences < client.info.max_sequences
+        with pytest.raises(Unhealthy, match="no step was done"):
+            await client.backend.health()
+        go_on.set()
+        await client.run(greedy(1, prompts(1)[0], 2))
+        assert client.finished(1).reason == "length"
+        assert set(client.ends) == {1}
+        monkeypatch.setattr(backend_module, "PROBE_TIMEOUT_S", 30.0)
+        await client.backend.health()
 
 
 async def test_stop_drains_and_what_comes_later_fails(folder: Path) -> None:

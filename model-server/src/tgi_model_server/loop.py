@@ -146,7 +146,7 @@ class StepLoop:
         started = self._start_step()
         if in_flight and (not started or len(in_flight) >= self._runner.pipeline_depth):
             self._read_step()
-        self._load = Load(batcher.running, batcher.waiting, batcher.available_pages)
+        self._note_load()
         events = batcher.take_events()
         if events:
             self._emit(events)
@@ -168,6 +168,8 @@ class StepLoop:
 
     def _take_inbox(self) -> None:
         inbox = self._inbox
+        if not inbox:
+            return
         for _ in range(len(inbox)):
             item = inbox.popleft()
             if isinstance(item, int):
@@ -178,6 +180,10 @@ class StepLoop:
                 self.batcher.refuse(request.request_id, arrived)
             else:
                 self.batcher.add(request, arrived)
+        self._note_load()  # now: the next step may take long
+
+    def _note_load(self) -> None:
+        self._load = Load(self.batcher.running, self.batcher.waiting, self.batcher.available_pages)
 
     def _start_step(self) -> bool:
         if self._in_flight and isinstance(self._in_flight[-1][1], _NotStarted):
