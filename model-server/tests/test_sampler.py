@@ -13,6 +13,7 @@ import torch
 from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import Request, SamplingParams, StopRules
 from tgi_model_server.plan import StepPlan
+from tgi_model_server.sampling import filters
 from tgi_model_server.sampling.sampler import Sampler
 from tgi_model_server.sampling.uniform import uniform
 
@@ -174,6 +175,30 @@ def test_a_draw_depends_on_seed_and_index_but_not_on_the_other_rows(seed: int) -
         crowd.admit(slot, mine if slot == 8 else make_request(random_sampling(rng)), [])
     order = [8, *(slot for slot in range(SLOTS) if slot != 8)]
     assert int(crowd.sample(logits.clone(), plan_of(order, [5] * SLOTS)).tokens[0]) == expected
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_few_candidates_give_the_same_choice_as_sorting_a_large_vocabulary(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sharpness = torch.tensor([[0.1], [1.0], [3.0], [9.0]])
+    logits = torch.randn(4, 5000, generator=generator) * sharpness
+    mass = torch.rand(4, 1, generator=generator) * 0.98 + 0.01
+    for kind in (filters.top_p, filters.typical_p):
+        quick, sorted_ = kind(logits, mass, peek=True), kind(logits, mass, peek=False)
+        assert torch.equal(quick, sorted_)
+        assert torch.equal(quick[1:2], kind(logits[1:2], mass[1:2], peek=True))
+        kept = quick.isfinite().sum(-1)
+        assert kept[0] > 256 or kept[3] < 256
+
+
+def test_a_draw_never_hits_an_impossible_token_at_the_borders_of_the_numbers() -> None:
+    logits = torch.full((3, 1000), -math.inf)
+    logits[0, [255, 256, 999]] = 0.0
+    logits[1, 999] = -3.0
+    logits[2, [0, 511]] = torch.tensor([0.0, -30.0])
+    for number in (0.0, 2.0**-32, 1 / 3, 0.5, 2 / 3, 1 - 2.0**-32):
+        drawn = filters.draw(logits, torch.full((3, 1), number, dtype=torch.float64))
+        assert logits.gather(1, drawn[:, None]).isfinite().all(), number
 
 
 def test_draws_follow_the_distribution() -> None:

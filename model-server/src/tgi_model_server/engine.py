@@ -55,6 +55,7 @@ class Engine:
                 eos_token_ids=eos_token_ids,
                 device=device.torch_device,
                 watermark=watermark,
+                peek=device.pipeline_depth == 1,
             )
             self._captured = self._capture(device.buckets(limits))
 

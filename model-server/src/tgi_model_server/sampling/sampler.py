@@ -59,7 +59,10 @@ class Sampler:
         eos_token_ids: Sequence[int],
         device: torch.device,
         watermark: Watermark | None = None,
+        peek: bool = True,
     ) -> None:
+        """`peek`: looking at a value costs nothing, because steps run in the caller's thread."""
+        self._peek = peek
         self._vocab_size = vocab_size
         self._eos = tuple(eos_token_ids)
         self._device = device
@@ -148,7 +151,7 @@ class Sampler:
         drawn = batch.drawn
         all_drawn = len(drawn.indices) == len(batch.slots)
         chosen = logits if all_drawn else logits.index_select(0, drawn.rows)
-        chosen = drawn.filter(chosen / drawn.temperature)
+        chosen = drawn.filter(chosen / drawn.temperature, self._peek)
         numbers = [uniform(drawn.seeds[i], output_lens[row]) for i, row in enumerate(drawn.indices)]
         picked = filters.draw(chosen, self._tensor(numbers, torch.float64)[:, None])
         if all_drawn:
@@ -214,16 +217,17 @@ class _Drawn:
         self._min_p = _filter([each.min_p for each in params], 0.0, device)
         self._typical_p = _filter([each.typical_p for each in params], 1.0, device)
 
-    def filter(self, logits: torch.Tensor) -> torch.Tensor:
+    def filter(self, logits: torch.Tensor, peek: bool) -> torch.Tensor:
         """float32 logits [drawn rows, vocabulary], already divided by the temperature."""
         if (top_k := self._top_k) is not None:
             logits = _apply(top_k, logits, filters.top_k(_select(top_k, logits), top_k.values.long(), top_k.largest))
         if (top_p := self._top_p) is not None:
-            logits = _apply(top_p, logits, filters.top_p(_select(top_p, logits), top_p.values))
+            logits = _apply(top_p, logits, filters.top_p(_select(top_p, logits), top_p.values, peek=peek))
         if (min_p := self._min_p) is not None:
             logits = _apply(min_p, logits, filters.min_p(_select(min_p, logits), min_p.values))
         if (typical := self._typical_p) is not None:
-            logits = _apply(typical, logits, filters.typical_p(_select(typical, logits), typical.values))
+            kept = filters.typical_p(_select(typical, logits), typical.values, peek=peek)
+            logits = _apply(typical, logits, kept)
         return logits
 
 
