@@ -218,6 +218,30 @@ async def test_a_failure_comes_after_the_tokens_before_it(worker: Worker) -> Non
     assert worker.engine.cancelled == []
 
 
+async def test_a_decoder_that_raises_fails_its_own_request_alone(worker: Worker) -> None:
+    broken, sound = worker.open(), worker.open()
+    engine, request_id = worker.engine, broken.request.request_id
+    engine.step(Token(request_id, 77), Token(sound.request.request_id, 0))  # 77 is in no vocabulary
+    engine.step(Token(request_id, 0), Finished(request_id, "cancelled", Usage(3, 1)))
+    assert engine.cancelled == [request_id]
+    with pytest.raises(BackendFailed, match="could not be decoded"):
+        await anext(broken)
+    assert texts(await anext(sound)) == ["a"]
+
+
+async def test_an_ending_that_cannot_be_decoded_is_a_failure(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_decoder: Letters) -> str:
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(Letters, "flush", broken)
+    async with worker.open() as generation:
+        request_id = generation.request.request_id
+        worker.engine.step(Token(request_id, 0), Finished(request_id, "length", Usage(3, 1)))
+        assert texts(await anext(generation)) == ["a"]
+        with pytest.raises(BackendFailed, match="could not be decoded"):
+            await anext(generation)
+
+
 async def test_a_lost_engine_fails_everything_that_is_open(worker: Worker) -> None:
     one, two = worker.open(), worker.open()
     waiting = asyncio.ensure_future(anext(one))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +13,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from tgi_gateway.backend import Backend, refuse_unsupported
-from tgi_gateway.errors import GatewayError, IncompleteGeneration, from_wire
+from tgi_gateway.errors import BackendFailed, GatewayError, IncompleteGeneration, from_wire
 from tgi_gateway.types import Finished, FinishReason, Request, StepEvents, Usage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -180,8 +183,8 @@ class Generation:
     # The rest is called by `Generations`, in the event loop.
 
     def push(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...], now: float) -> None:
-        if self.reason is not None:
-            return  # generated while our cancel after a stop string was on its way
+        if self.reason is not None or self._failure is not None:
+            return  # generated while our cancel was on its way
         if self.generated_tokens == 0:
             self.first_token_at = now
         else:
@@ -206,6 +209,8 @@ class Generation:
 
     def finish(self, event: Finished, now: float) -> None:
         self.finished = event
+        if self._failure is not None:
+            return
         self._engine_ended = True
         if self.reason is None:
             self._end(event.reason, now)
@@ -216,6 +221,11 @@ class Generation:
             self.ended_at = time.perf_counter()
         else:
             self._engine_ended = True  # the answer was complete already
+
+    def give_up(self, error: GatewayError) -> None:
+        """Fail, whatever the engine says."""
+        self.reason, self._engine_ended = None, False
+        self.fail(error)
 
     def wake(self) -> None:
         """Resume who waits, unless there is nothing to tell yet."""
@@ -305,14 +315,22 @@ class Generations:
         rows = zip(events.request_ids, events.token_ids, events.logprobs, strict=True)
         for row, (request_id, token_id, logprob) in enumerate(rows):
             generation = find(request_id)
-            if generation is not None:
+            if generation is None:
+                continue
+            touched[request_id] = generation
+            try:
                 generation.push(token_id, logprob, top.get(row, ()) if top else (), now)
-                touched[request_id] = generation
+            except Exception:
+                self._give_up(generation)
         for finished in events.finished:
             generation = find(finished.request_id)
-            if generation is not None:
+            if generation is None:
+                continue
+            touched[finished.request_id] = generation
+            try:
                 generation.finish(finished, now)
-                touched[finished.request_id] = generation
+            except Exception:
+                self._give_up(generation)
         for failed in events.failed:
             generation = find(failed.request_id)
             if generation is not None:
@@ -326,6 +344,13 @@ class Generations:
         for generation in list(self._open.values()):
             generation.fail(IncompleteGeneration(detail))
             generation.wake()
+
+    def _give_up(self, generation: Generation) -> None:
+        """A text that cannot be decoded must not take the other requests' tokens with it."""
+        request_id = generation.request.request_id
+        log.exception("request %d cannot be decoded", request_id)
+        generation.give_up(BackendFailed("The text could not be decoded"))
+        self._backend.cancel(request_id)
 
     def _forget(self, request_id: int) -> None:
         self._open.pop(request_id, None)

@@ -247,25 +247,33 @@ class Dispatch:
             if not self._queue:
                 return
             self._admitting = True
-        while True:
-            try:
-                capacity = self._backend.capacity()
-            except Exception:
-                log.exception("the engine could not tell its capacity; admission waits")
-                capacity = Capacity(0, 0, 0, 0)
+        try:
+            while True:
+                self._admit_once()
+                with self._lock:
+                    if not self._admit_again or not self._queue:
+                        self._admitting = False
+                        return
+        except BaseException:
             with self._lock:
-                self._admit_again = False
-                tickets = self._take(capacity)
-                stats = self._stats()
-            for ticket in tickets:
-                self._enter(ticket)
-            if tickets and self._observer is not None:
-                with self._observer_lock:
-                    self._observer.admitted(len(tickets), stats)
-            with self._lock:
-                if not self._admit_again or not self._queue:
-                    self._admitting = False
-                    return
+                self._admitting = False
+            raise
+
+    def _admit_once(self) -> None:
+        try:
+            capacity = self._backend.capacity()
+        except Exception:
+            log.exception("the engine could not tell its capacity; admission waits")
+            capacity = Capacity(0, 0, 0, 0)
+        with self._lock:
+            self._admit_again = False
+            tickets = self._take(capacity)
+            stats = self._stats()
+        for ticket in tickets:
+            self._enter(ticket)
+        if tickets and self._observer is not None:
+            with self._observer_lock:
+                self._observer.admitted(len(tickets), stats)
 
     def _take(self, capacity: Capacity) -> list[Ticket]:
         """Move from the queue to the running requests who fits; with the lock held."""

@@ -227,6 +227,9 @@ class RemoteBackend:
                 self._receive(message.step)
         except grpc.RpcError as error:
             return error.details() or "no reason given" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+        except Exception as error:
+            log.exception("a message of the engine host cannot be used")
+            return repr(error)
         finally:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
