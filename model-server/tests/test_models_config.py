@@ -48,7 +48,16 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "cannot read quantized checkpoints"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type is 'longrope'; supported are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "rope type linear needs the number factor; got None"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs the number original_max_position"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs the number high_freq_factor"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 2, "high_freq_factor": 2}},
+            "needs high_freq_factor above low_freq_factor",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 2}},
+            "needs the number original_max_position",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between kinds of layers"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope factor is 0.5; at least 1"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; an object is needed"),
     ],

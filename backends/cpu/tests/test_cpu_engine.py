@@ -179,6 +179,31 @@ def test_memory_offers_less_than_the_machine_has() -> None:
     assert 0 < figures.free < figures.total
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_steps_in_another_thread_use_no_more_threads_than_the_device_was_given() -> None:
+    code = """
+import os, threading
+import torch
+from tgi_backend_cpu.device import CpuDevice
+from tgi_model_server.device import AttentionShape, KVLayout
+from tgi_model_server.plan import StepPlan
+device = CpuDevice(threads=1)
+weight = device.ops.pack_linear(torch.randn(2048, 2048))
+x, tasks = torch.randn(64, 2048), []
+def step():
+    before = len(os.listdir("/proc/self/task"))
+    device.plan_attention(StepPlan(), AttentionShape(1, 1, 8, torch.float32, torch.float32), KVLayout(32))
+    device.ops.linear(x, weight, None)
+    tasks.append(len(os.listdir("/proc/self/task")) - before)
+thread = threading.Thread(target=step)
+thread.start()
+thread.join()
+assert tasks == [0], tasks
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 def test_threads_follow_the_environment_and_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = os.cpu_count() or 1

@@ -19,13 +19,15 @@ PAGE_SIZE = 32
 _BLOCK = 512
 """Keys that torch's kernel works on at a time. Sums are cut there, so lengths and window starts keep to it."""
 
+_SHORT = (32, 64, 96, 128, 192, 256)
+
 
 def padded_len(kv_len: int) -> int:
     """Keys to compute with for `kv_len` keys: few different lengths, and the same sums whatever the padding.
 
     Up to half a block the matrix library sums in one go. Above, only whole blocks give the same partial sums always.
     """
-    for short in (PAGE_SIZE, 64, 128, 256):
+    for short in _SHORT:
         if kv_len <= short:
             return short
     return -(-kv_len // _BLOCK) * _BLOCK

@@ -52,6 +52,9 @@ class CpuDevice:
         shape: AttentionShape,  # noqa: ARG002
         layout: KVLayout,  # noqa: ARG002
     ) -> CpuAttentionPlan:
+        # OpenMP keeps the number of threads per calling thread, and torch passes ours on only when asked for it. Steps
+        # run in another thread than the one that made this device.
+        torch.get_num_threads()
         return CpuAttentionPlan(plan)
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:  # noqa: ARG002

@@ -53,6 +53,8 @@ def parse_rope(
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ModelError(f"{where}: rope_scaling is {scaling!r}; an object is needed.")
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise ModelError(f"{where}: rope parameters that differ between kinds of layers are not supported.")
     theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     if override_kind is not None:
         if override_factor is None and override_kind != "default":
@@ -79,6 +81,8 @@ def parse_rope(
     if factor < 1:
         raise ModelError(f"{where}: rope factor is {factor:g}; at least 1 is needed.")
     if kind == "llama3":
+        if number("high_freq_factor") <= number("low_freq_factor"):
+            raise ModelError(f"{where}: rope type llama3 needs high_freq_factor above low_freq_factor.")
         return RopeConfig(
             rotary_dim,
             theta,

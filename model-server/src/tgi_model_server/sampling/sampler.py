@@ -64,7 +64,8 @@ class Sampler:
         """`peek`: looking at a value costs nothing, because steps run in the caller's thread."""
         self._peek = peek
         self._vocab_size = vocab_size
-        self._eos = tuple(eos_token_ids)
+        # Some models name a padding id of their tokenizer that they have no logit for.
+        self._eos = tuple(token for token in eos_token_ids if token < vocab_size)
         self._device = device
         self._slots: dict[int, _Slot] = {}
         self._counts = TokenCounts(max_sequences, vocab_size, device)
