@@ -56,5 +56,10 @@ bench: .venv/dev ## Measure the gateway and the prefix cache on this machine
 	.venv/bin/python bench/gateway.py
 	.venv/bin/python bench/prefix.py
 
+proto: .venv/pip ## Regenerate the messages of the wire
+	# An old generator on purpose: its code runs on every protobuf of our range.
+	$(PIP) install --quiet --target .cache/proto grpcio-tools==1.70.0 "setuptools<81"
+	PYTHONPATH=.cache/proto .venv/bin/python -m grpc_tools.protoc -I gateway/src --python_out=gateway/src --pyi_out=gateway/src gateway/src/tgi_gateway/wire/engine.proto
+
 clean: ## Remove what the other targets made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

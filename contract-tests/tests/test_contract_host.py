@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
-from typing import ClassVar
 
 from tgi_contract_tests import BackendContract
 from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo
@@ -58,9 +57,6 @@ class OverTheWire(Backend):
 
 class TestDispatch(BackendContract):
     patience_s = 2.0
-    known_failures: ClassVar[dict[str, str]] = {
-        "test_a_bad_request_leaves_its_neighbours_alone": "a refusal is emitted by `submit`, which waits for it",
-    }
     end_prompt = (5, 6, 2, 7)
 
     def make(self) -> Backend:

@@ -120,6 +120,7 @@ async def test_memory_that_is_freed_without_an_event_is_found(host: Host) -> Non
 async def test_beyond_max_concurrent_requests_a_request_is_overloaded_at_once(host: Host) -> None:
     for request_id in range(1, 10):
         host.dispatch.submit(request(request_id))
+    await asyncio.sleep(0)
     assert host.ending(8) is None
     assert host.ending(9) == Failed(9, "overloaded", "Model is overloaded")
     host.engine.finish(1)
@@ -131,6 +132,7 @@ async def test_a_cancel_in_the_queue_ends_at_once_and_never_reaches_the_engine(h
     for request_id in range(1, 6):
         host.dispatch.submit(request(request_id))
     host.dispatch.cancel(5)
+    await asyncio.sleep(0)
     ending = host.ending(5)
     assert isinstance(ending, Finished)
     assert (ending.reason, ending.usage) == ("cancelled", Usage(10, 0))
@@ -200,6 +202,7 @@ async def test_what_breaks_a_rule_fails_and_never_reaches_the_engine(
 ) -> None:
     host.dispatch.submit(request(1))
     host.dispatch.submit(wrong)
+    await asyncio.sleep(0)
     assert [event.error_type for event in host.events if isinstance(event, Failed)] == [error_type]
     assert list(host.engine.submitted) == [1]
 
@@ -215,6 +218,7 @@ async def test_an_engine_that_raises_in_submit_fails_that_request_alone() -> Non
     await moody.dispatch.start(moody.emit)
     for request_id in (1, 2, 3):
         moody.dispatch.submit(request(request_id))
+    await asyncio.sleep(0)
     assert moody.ending(2) == Failed(2, "generation", "The engine did not take the request")
     engine.finish(1)
     engine.finish(3)
@@ -322,6 +326,7 @@ async def test_stop_lets_open_requests_finish_and_refuses_new_ones(host: Host) -
     stopping = asyncio.create_task(host.dispatch.stop(30.0))
     await asyncio.sleep(0)
     host.dispatch.submit(request(6))
+    await asyncio.sleep(0)
     assert host.ending(6) == Failed(6, "overloaded", "The server is stopping")
     with pytest.raises(Unhealthy):
         await host.dispatch.health()

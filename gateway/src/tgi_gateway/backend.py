@@ -130,7 +130,10 @@ class Backend(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     async def start(self, emit: Emit) -> ModelInfo:
-        """Load and warm up; afterwards `emit` is called once per step, from any thread. Raises `StartError`."""
+        """Load and warm up; afterwards `emit` is called once per step, from any thread, one call at a time.
+
+        Raises `StartError`.
+        """
         ...
 
     def submit(self, request: Request) -> None:

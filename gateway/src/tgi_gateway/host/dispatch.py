@@ -82,7 +82,8 @@ class Dispatch:
     """Queue and admission around an engine; itself a Backend.
 
     Every submit gets exactly one ending, also when the engine raises, ends a request twice or is stopped too early.
-    No lock is held while the engine or the receiver of events is called: both may call back, from any thread.
+    The engine and the receiver of events may call back, from any thread: while they are called, no lock is held that
+    a callback takes.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Dispatch:
         self._fresh_s = fresh_s
         self._model: ModelInfo
         self._emit: Emit
+        self._emitting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop
         self._arrivals = itertools.count()
         self._probe_ids = itertools.count(PROBE_IDS)
@@ -158,7 +160,7 @@ class Dispatch:
                 self._enqueue(request)
                 stats = self._stats()
         except GatewayError as error:
-            self._emit(StepEvents(failed=[Failed(request.request_id, error.error_type, error.detail)]))
+            self._tell_soon(StepEvents(failed=[Failed(request.request_id, error.error_type, error.detail)]))
             return
         self._observe_queue(stats)
         self._admit()
@@ -175,7 +177,7 @@ class Dispatch:
         if ticket is not None:
             usage = Usage(len(ticket.request.input_ids), 0)
             queue_s = time.perf_counter() - ticket.arrived_at
-            self._emit(StepEvents(finished=[Finished(request_id, "cancelled", usage, queue_s)]))
+            self._tell_soon(StepEvents(finished=[Finished(request_id, "cancelled", usage, queue_s)]))
             self._observe_queue(stats)
             self._admit()  # the one that stood in the way may have been this one
         elif reaches_engine:
@@ -220,6 +222,7 @@ class Dispatch:
                 self._running.clear()
                 self._unseen_kv_tokens = self._batch_tokens = 0
             self._fail(left, IncompleteGeneration("The server stops"))
+            await asyncio.sleep(0)  # what is to be told soon has been told when this returns
 
     # Admission.
 
@@ -357,7 +360,7 @@ class Dispatch:
             stats = self._stats()
             waiting = stats.queue_size > 0
         if events:
-            self._emit(events)
+            self._tell(events)
             if self._observer is not None:
                 rows = len(events.request_ids)
                 decodes = rows - prefills
@@ -413,7 +416,19 @@ class Dispatch:
 
     def _fail(self, request_ids: list[int], error: GatewayError) -> None:
         if request_ids:
-            self._emit(StepEvents(failed=[Failed(each, error.error_type, error.detail) for each in request_ids]))
+            self._tell_soon(StepEvents(failed=[Failed(each, error.error_type, error.detail) for each in request_ids]))
+
+    def _tell(self, events: StepEvents) -> None:
+        """Emit, one step at a time whichever thread it comes from."""
+        with self._emitting:
+            self._emit(events)
+
+    def _tell_soon(self, events: StepEvents) -> None:
+        """Emit from the event loop, so that the caller waits for nobody."""
+        try:
+            self._loop.call_soon_threadsafe(self._tell, events)
+        except RuntimeError:  # the loop is closed, which happens only after `stop`
+            self._tell(events)
 
     # Health.
 
