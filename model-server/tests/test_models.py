@@ -170,7 +170,10 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, device: Device, tm
     prompt = [random.Random(name).randrange(raw["vocab_size"]) for _ in range(37)]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    generated = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
+    ids = torch.tensor([prompt])
+    generated = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0
+    )
     engine = load_engine(device, EngineOptions(folder, "test", max_batch_size=4, max_batch_prefill_tokens=64))
     batch = HandBatch(engine)
     assert batch.generate(make_request(1, prompt), 64) == generated[0, len(prompt) :].tolist()

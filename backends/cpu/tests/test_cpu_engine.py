@@ -150,12 +150,14 @@ def test_the_demo_model_generates_what_transformers_generates() -> None:
     engine = load(folder)
     rng = random.Random(0)
     prompts = [[rng.randrange(engine.vocab_size) for _ in range(rng.randrange(3, 90))] for _ in range(16)]
-    theirs = [
-        model.generate(torch.tensor([each]), max_new_tokens=64, do_sample=False, pad_token_id=0)[
-            0, len(each) :
-        ].tolist()
-        for each in prompts
-    ]
+    theirs = []
+    for each in prompts:
+        ids = torch.tensor([each])
+        # Without a mask, transformers takes the padding token for padding wherever it stands.
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0
+        )
+        theirs.append(out[0, len(each) :].tolist())
     batch = HandBatch(engine)
     assert [batch.generate(make_request(1, each), 64) for each in prompts] == theirs
     for request_id, each in enumerate(prompts):
