@@ -14,7 +14,7 @@ from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, KVL
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, ReferencePlan
 from tgi_model_server.step import AttentionPlan, StepInput
-from tgi_model_server.testing_devices import ReferenceDevice, StaticDevice
+from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

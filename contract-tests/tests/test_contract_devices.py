@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tgi_contract_tests.device import DeviceContract
 from tgi_model_server.device import Device, KVLayout
-from tgi_model_server.testing_devices import ReferenceDevice, StaticDevice
+from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
 
 
 class TestReferenceDevice(DeviceContract):

@@ -22,8 +22,8 @@ from tgi_model_server.engine import Engine, load_engine
 from tgi_model_server.kv.pool import PagePool, page_bytes
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepOutput
-from tgi_model_server.testing_devices import ReferenceDevice, StaticDevice
-from tgi_model_server.testing_models import SMALL, HandBatch, make_request, save_random_model
+from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
+from tgi_model_server.testing.models import SMALL, HandBatch, make_request, save_random_model
 
 
 @pytest.fixture(scope="module")

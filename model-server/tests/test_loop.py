@@ -17,7 +17,7 @@ from tgi_model_server.batcher import BatchLimits
 from tgi_model_server.loop import StepLoop
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import DeviceLost, StepOutput
-from tgi_model_server.testing_runner import ToyRunner, toy_answer
+from tgi_model_server.testing.runner import ToyRunner, toy_answer
 
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
 

@@ -20,8 +20,8 @@ from tgi_model_server.models.registry import build_model
 from tgi_model_server.parallel import Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepInput
-from tgi_model_server.testing_devices import ReferenceDevice, StaticDevice
-from tgi_model_server.testing_models import SMALL, HandBatch, make_request, save_random_model
+from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
+from tgi_model_server.testing.models import SMALL, HandBatch, make_request, save_random_model
 from tgi_model_server.weights.loader import CheckpointWeights
 
 QWEN = {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 50000.0}

@@ -13,7 +13,7 @@ from tgi_gateway.errors import ModelError
 from tgi_model_server.layers.rope import Rope, inverse_frequencies
 from tgi_model_server.models.config import SUPPORTED, find_eos, load_config, parse_config
 from tgi_model_server.models.registry import ARCHITECTURES
-from tgi_model_server.testing_models import SMALL
+from tgi_model_server.testing.models import SMALL
 
 
 def parse(**changes: Any) -> Any:

@@ -25,8 +25,8 @@ from tgi_model_server.device import Device
 from tgi_model_server.engine import load_engine
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import DeviceLost, StepOutput
-from tgi_model_server.testing_devices import ReferenceDevice, StaticDevice
-from tgi_model_server.testing_models import SMALL, HandBatch, save_random_model
+from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
+from tgi_model_server.testing.models import SMALL, HandBatch, save_random_model
 
 CAPABILITIES = Capabilities(features=ALL_FEATURES - {"grammar", "lora"}, prefix_cache=True)
 DEVICES = pytest.mark.parametrize("device", [ReferenceDevice, StaticDevice], ids=["depth-1", "static-depth-2"])

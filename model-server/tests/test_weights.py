@@ -19,8 +19,8 @@ from tgi_model_server.models.config import ModelConfig, load_config, parse_confi
 from tgi_model_server.models.registry import build_model
 from tgi_model_server.parallel import Shard
 from tgi_model_server.reference import ReferenceOps
-from tgi_model_server.testing_devices import ReferenceDevice
-from tgi_model_server.testing_models import SMALL, HandBatch, make_request, random_tensors, save_random_model
+from tgi_model_server.testing.devices import ReferenceDevice
+from tgi_model_server.testing.models import SMALL, HandBatch, make_request, random_tensors, save_random_model
 from tgi_model_server.weights.loader import CheckpointWeights, DummyWeights
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from tgi_gateway.backend import EngineOptions
 from tgi_gateway.types import SamplingParams
 from tgi_model_server.engine import Engine, load_engine
 from tgi_model_server.plan import StepResult
-from tgi_model_server.testing_models import SMALL, HandBatch, make_request, save_random_model
+from tgi_model_server.testing.models import SMALL, HandBatch, make_request, save_random_model
 
 VOCABULARY = SMALL["vocab_size"]
 WINDOWED = {**SMALL, "model_type": "mistral", "sliding_window": 50, "head_dim": 16}
