@@ -165,6 +165,11 @@ class MoreFreeThanThereIs(ReferenceDevice):
         return MemoryFigures(1 << 20, 1 << 30)
 
 
+class HandsOutUsedMemory(ReferenceDevice):
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return super().zeros(shape, dtype) + 1
+
+
 class LacksABucket(StaticDevice):
     """The largest decode step must be padded to a bucket that nobody compiled."""
 

@@ -33,6 +33,7 @@ CAUGHT_BY: dict[str, set[str]] = {
     "MixesUpHeadGroups": ATTENTION,
     "KeepsThePlansLists": {"test_a_plan_may_be_changed_after_it_was_handed_over"},
     "MoreFreeThanThereIs": {"test_memory_figures_are_bytes_of_this_device"},
+    "HandsOutUsedMemory": {"test_pool_memory_is_zero_and_can_be_written"},
     "LacksABucket": {"test_every_decode_step_has_a_bucket"},
     "RepeatsTheCapturedStep": {"test_capture_equals_eager"},
 }

@@ -203,7 +203,7 @@ def test_what_the_engine_tells_about_itself(folder: Path) -> None:
 def test_pool_has_zeroed_pages_of_the_size_it_was_said_to_have(order: Any) -> None:
     shape = AttentionShape(4, 2, 8, torch.float32, torch.bfloat16)
     layout = KVLayout(16, order)
-    pool = PagePool(5, 3, layout, shape, torch.device("cpu"))
+    pool = PagePool(5, 3, layout, shape, ReferenceDevice().zeros)
     tensors = [*pool.keys, *pool.values]
     assert len(tensors) == 6
     assert {tuple(tensor.shape) for tensor in tensors} == {(5, 16, 2, 8) if order == "NHD" else (5, 2, 16, 8)}

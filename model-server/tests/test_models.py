@@ -104,7 +104,7 @@ def our_logits(device: Device, folder: Path, prompts: list[list[int]], seed: int
     rng = random.Random(seed)
     ids = rng.sample(range(1, per_prompt * len(prompts) + 1), per_prompt * len(prompts))
     pages = [ids[i * per_prompt : (i + 1) * per_prompt] for i in range(len(prompts))]
-    pool = PagePool(len(ids) + 1, config.num_layers, layout, shape, device.torch_device)
+    pool = PagePool(len(ids) + 1, config.num_layers, layout, shape, device.zeros)
     done, parts = [0] * len(prompts), [list[torch.Tensor]() for _ in prompts]
     with torch.inference_mode():
         while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):

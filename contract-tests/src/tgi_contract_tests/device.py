@@ -72,6 +72,16 @@ class DeviceContract(KnownFailures):
         layout = device.kv_layout(_shape(dtype))
         self.demand(layout.page_size >= 1 and layout.order in ("NHD", "HND"), "kv-layout", f"{layout}")
 
+    def test_pool_memory_is_zero_and_can_be_written(self, device: Device, dtype: torch.dtype) -> None:
+        pools = [device.zeros((3, 5, 2, 7), dtype) for _ in range(2)]
+        for pool in pools:
+            right = pool.shape == (3, 5, 2, 7) and pool.dtype == dtype and pool.device.type == device.torch_device.type
+            self.demand(right, "kv-layout", f"zeros gave {pool.dtype} {list(pool.shape)} on {pool.device}")
+            self.demand(not pool.any(), "kv-layout", "zeros gave memory that is not zero")
+            pool.fill_(1)
+        pools[0].zero_()
+        self.demand(bool((pools[1] == 1).all()), "kv-layout", "zeros gave the same memory twice")
+
     # Operations.
 
     @pytest.mark.parametrize("tokens", TOKENS)

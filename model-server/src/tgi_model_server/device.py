@@ -160,6 +160,10 @@ class Device(Protocol):
         """`free` is what the engine may still take: less than all where other programs share the memory."""
         ...
 
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor for the KV pool. Where memory can be mapped at its first use, an idle pool costs none."""
+        ...
+
     def kv_layout(self, shape: AttentionShape) -> KVLayout: ...
 
     def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> AttentionPlan:

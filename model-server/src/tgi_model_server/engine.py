@@ -48,7 +48,7 @@ class Engine:
         self._shape = shape
         self._layout = device.kv_layout(shape)
         with torch.inference_mode():
-            self._kv = PagePool(num_pages, config.num_layers, self._layout, shape, device.torch_device)
+            self._kv = PagePool(num_pages, config.num_layers, self._layout, shape, device.zeros)
             self._sampler = Sampler(
                 vocab_size=config.vocab_size,
                 max_sequences=limits.max_rows,

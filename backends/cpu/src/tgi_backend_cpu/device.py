@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 
@@ -42,6 +44,10 @@ class CpuDevice:
     def memory(self) -> MemoryFigures:
         """A quarter of what is available: a CPU's memory belongs to everyone on the machine."""
         return MemoryFigures(total=machine.total_bytes(), free=machine.available_bytes() // 4)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Anonymous pages of the kernel, which are zero and take no memory before they are written."""
+        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
     def kv_layout(self, shape: AttentionShape) -> KVLayout:  # noqa: ARG002
         return KVLayout(PAGE_SIZE)

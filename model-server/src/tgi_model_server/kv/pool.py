@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tgi_model_server.device import AttentionShape, KVLayout
@@ -11,17 +13,22 @@ class PagePool:
     """Keys and values of every layer, in pages. Zeroed: a padded read must not meet a NaN. Page 0 is padding's."""
 
     def __init__(
-        self, num_pages: int, num_layers: int, layout: KVLayout, shape: AttentionShape, device: torch.device
+        self,
+        num_pages: int,
+        num_layers: int,
+        layout: KVLayout,
+        shape: AttentionShape,
+        zeros: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
     ) -> None:
+        """`zeros` is the device's."""
         self.num_pages = num_pages
         self.layout = layout
         if layout.order == "NHD":
             size = (num_pages, layout.page_size, shape.num_kv_heads, shape.head_dim)
         else:
             size = (num_pages, shape.num_kv_heads, layout.page_size, shape.head_dim)
-        # On a CPU, zeros are mapped when they are first written: an idle pool costs no memory.
-        self.keys = [torch.zeros(size, dtype=shape.kv_dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(size, dtype=shape.kv_dtype, device=device) for _ in range(num_layers)]
+        self.keys = [zeros(size, shape.kv_dtype) for _ in range(num_layers)]
+        self.values = [zeros(size, shape.kv_dtype) for _ in range(num_layers)]
 
 
 def page_bytes(num_layers: int, layout: KVLayout, shape: AttentionShape) -> int:

@@ -34,6 +34,9 @@ class ReferenceDevice:
     def memory(self) -> MemoryFigures:
         return MemoryFigures(self.memory_bytes, self.memory_bytes)
 
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
     def kv_layout(self, shape: AttentionShape) -> KVLayout:
         del shape
         return self.layout
