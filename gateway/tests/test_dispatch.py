@@ -57,9 +57,9 @@ async def host() -> AsyncIterator[Host]:
 async def test_a_request_with_room_enters_at_once_and_its_events_come_out(host: Host) -> None:
     host.dispatch.submit(request(1))
     assert list(host.engine.submitted) == [1]
-    host.engine.token(1, 7)
+    host.engine.step(Token(1, 7, -0.5))
     host.engine.finish(1)
-    assert host.events[0] == Token(1, 7, host.events[0].logprob)  # type: ignore[union-attr]
+    assert host.events[0] == Token(1, 7, -0.5)
     assert isinstance(host.ending(1), Finished)
     assert host.dispatch.stats() == HostStats(0, 0, 0)
 
@@ -262,9 +262,9 @@ async def test_second_endings_and_tokens_after_the_end_are_dropped(host: Host) -
     host.dispatch.submit(request(2))
     host.engine.finish(1)
     host.engine.fail(1)
-    host.engine.step(Token(1, 5), Token(2, 6, top=((6, -0.1),)), Token(99, 7), Finished(1, "length", Usage(1, 1)))
+    host.engine.step(Token(1, 5), Token(2, 6, -0.1, ((6, -0.1),)), Token(99, 7), Finished(1, "length", Usage(1, 1)))
     assert [(event.request_id, type(event)) for event in host.events] == [(1, Finished), (2, Token)]
-    assert host.events[1] == Token(2, 6, host.events[1].logprob, ((6, -0.1),))  # type: ignore[union-attr]
+    assert host.events[1] == Token(2, 6, -0.1, ((6, -0.1),))
     assert host.dispatch.stats().batch_tokens == 11
 
 

@@ -85,9 +85,8 @@ async def test_a_batch_holds_every_token_that_is_there(worker: Worker) -> None:
         worker.engine.step(Token(request_id, 0, -0.5, ((0, -0.5), (1, -0.9))), Token(request_id, 1))
         worker.engine.token(request_id, 2)
         assert texts(await anext(generation)) == ["a", "b", "c"]
-        worker.engine.token(request_id, 3)
-        [piece] = await anext(generation)
-        assert piece == Piece(3, "d", piece.logprob, False, ())
+        worker.engine.step(Token(request_id, 3, -0.7))
+        assert await anext(generation) == [Piece(3, "d", -0.7, False, ())]
         assert generation.reason is None
         assert len(generation.gaps_s) == 3
 
