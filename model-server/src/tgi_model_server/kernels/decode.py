@@ -1,0 +1,230 @@
+"""Attention of rows with one new token over their pages, each row's keys split among several programs.
+
+Flash-decoding (Dao et al. 2023): every split computes the attention over its keys and the logarithm of its sum; a
+second kernel puts the splits together. All query heads of a KV head are rows of one tile, so keys are read once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
+
+
+@triton.jit
+def decode_kernel(
+    q,
+    k_pool,
+    v_pool,
+    out,
+    part_out,
+    part_lse,
+    page_table,
+    kv_lens,
+    query_starts,
+    q_token,
+    q_head,
+    pool_page,
+    pool_slot,
+    pool_head,
+    table_row,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Grid [rows, kv_heads, SPLITS], whatever the lengths: programs without keys return at once.
+
+    q [T, heads, HEAD_DIM], a view; pools of strides (pool_page, pool_slot, pool_head, 1); page_table int32
+    [rows, table_row]; kv_lens int32 [rows], 0 for rows that are not decoded; query_starts int32 [rows]: the row's
+    token. `scale` is in units of log2. A split has at least LEAST tiles of BLOCK_N keys. WINDOW 0 means none. With one
+    split `out` [T, heads, HEAD_DIM] gets the result; with more part_out float32 [rows, heads, SPLITS, HEAD_DIM] gets
+    each split's and part_lse float32 [rows, heads, SPLITS] the log2 of its sum, -inf where it had no keys.
+    """
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
+    kv_len = tl.load(kv_lens + row)
+    member = tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP + member
+    real = member < GROUP
+
+    lowest = 0
+    if WINDOW:
+        lowest = tl.maximum(kv_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    tiles = (kv_len - lowest + BLOCK_N - 1) // BLOCK_N
+    share = tl.maximum((tiles + SPLITS - 1) // SPLITS, LEAST) * BLOCK_N
+    begin = lowest + split * share
+    end = tl.minimum(begin + share, kv_len)
+    part = (row.to(tl.int64) * heads + head) * SPLITS + split
+    if begin >= kv_len:
+        if SPLITS > 1:
+            tl.store(part_lse + part, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=real)
+        return
+
+    token = tl.load(query_starts + row).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < HEAD_DIM
+    query = tl.load(
+        q + token * q_token + head[:, None] * q_head + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
+    )
+    if WIDEN:
+        query = query.to(tl.float32)
+    pages = page_table + row.to(tl.int64) * table_row
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        key_at = start + tl.arange(0, BLOCK_N)
+        known = key_at < end
+        page = tl.load(pages + key_at // PAGE, mask=known, other=0).to(tl.int64)
+        place = page * pool_page + key_at % PAGE * pool_slot + kv_head * pool_head
+        # What lies behind the row's end may be anything, even NaN, which a weight of 0 would not remove.
+        taken = known[:, None] & inside[None, :]
+        key = tl.load(k_pool + place[:, None] + column[None, :], mask=taken, other=0.0).to(query.dtype)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        seen = known
+        if WINDOW:
+            seen = known & (key_at >= kv_len - WINDOW)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # The first tile of a window always holds a key that is seen, so this is finite.
+        weights = tl.exp2(scores - new_largest[:, None])
+        fade = tl.exp2(largest - new_largest)
+        total = total * fade + tl.sum(weights, axis=1)
+        value = tl.load(v_pool + place[:, None] + column[None, :], mask=taken, other=0.0).to(query.dtype)
+        sums = sums * fade[:, None] + tl.dot(weights.to(query.dtype), value, input_precision="ieee")
+        largest = new_largest
+
+    mixed = sums / total[:, None]
+    if SPLITS > 1:
+        tl.store(part_lse + part, largest + tl.log2(total), mask=real)
+        into = part_out + part[:, None] * HEAD_DIM + column[None, :]
+        tl.store(into, mixed, mask=real[:, None] & inside[None, :])
+    else:
+        into = out + (token * heads + head[:, None]) * HEAD_DIM + column[None, :]
+        tl.store(into, mixed.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+@triton.jit
+def reduce_splits_kernel(
+    part_out,
+    part_lse,
+    out,
+    kv_lens,
+    query_starts,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid [rows, heads]: `decode_kernel`'s splits, weighted by their sums, to out [T, heads, HEAD_DIM]."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    if tl.load(kv_lens + row) == 0:
+        return
+    split = tl.arange(0, BLOCK_S)
+    column = tl.arange(0, BLOCK_D)
+    part = (row.to(tl.int64) * heads + head) * SPLITS
+    lse = tl.load(part_lse + part + split, mask=split < SPLITS, other=float("-inf"))
+    weights = tl.exp2(lse - tl.max(lse, axis=0))
+    # Splits without keys have written no result.
+    real = (weights > 0.0)[:, None] & (column < HEAD_DIM)[None, :]
+    mixed = tl.load(part_out + (part + split)[:, None] * HEAD_DIM + column[None, :], mask=real, other=0.0)
+    result = tl.sum(mixed * weights[:, None], axis=0) / tl.sum(weights, axis=0)
+    token = tl.load(query_starts + row).to(tl.int64)
+    into = out + (token * heads + head) * HEAD_DIM + column
+    tl.store(into, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+
+
+def choose_splits(rows: int, kv_heads: int, longest: int, cores: int, tuning: Tuning) -> int:
+    """A power of two: enough programs to fill `cores` twice, but no split below `tuning.split_keys` of `longest`."""
+    wanted = triton.cdiv(2 * cores, max(1, rows * kv_heads))
+    useful = triton.cdiv(longest, tuning.split_keys)
+    return power_of_two(max(1, min(wanted, useful, tuning.max_splits)))
+
+
+def decode(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    out: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    splits: int,
+    tuning: Tuning,
+) -> None:
+    """Fill `out` [T, heads, head_dim], contiguous, at the tokens of rows whose `kv_lens` is not 0.
+
+    q [T, heads, head_dim], a view; NHD-shaped pools, which may be views; tables as `decode_kernel` has them.
+    """
+    assert q.stride(-1) == k_pool.stride(-1) == 1
+    assert k_pool.stride() == v_pool.stride()
+    assert out.is_contiguous()
+    rows, heads, head_dim = kv_lens.shape[0], q.shape[1], q.shape[2]
+    kv_heads = k_pool.shape[2]
+    group = heads // kv_heads
+    block_d = power_of_two(head_dim)
+    keys = max(SMALLEST_DOT, tuning.decode_keys // shrink(head_dim, q.dtype))
+    part_out = part_lse = None
+    if splits > 1:
+        part_out = torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
+    decode_kernel[(rows, kv_heads, splits)](
+        q,
+        k_pool,
+        v_pool,
+        out,
+        part_out,
+        part_lse,
+        page_table,
+        kv_lens,
+        query_starts,
+        q.stride(0),
+        q.stride(1),
+        k_pool.stride(0),
+        k_pool.stride(1),
+        k_pool.stride(2),
+        page_table.stride(0),
+        scale * LOG2E,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE=k_pool.shape[1],
+        WINDOW=window or 0,
+        SPLITS=splits,
+        LEAST=max(1, tuning.split_keys // keys),
+        BLOCK_M=max(SMALLEST_DOT, power_of_two(group)),
+        BLOCK_N=keys,
+        BLOCK_D=max(SMALLEST_DOT, block_d),
+        WIDEN=interpreted(),
+        num_warps=tuning.decode_warps,
+        num_stages=tuning.decode_stages,
+    )
+    if splits > 1:
+        reduce_splits_kernel[(rows, heads)](
+            part_out,
+            part_lse,
+            out,
+            kv_lens,
+            query_starts,
+            HEAD_DIM=head_dim,
+            SPLITS=splits,
+            BLOCK_S=power_of_two(splits),
+            BLOCK_D=block_d,
+            num_warps=1 if block_d * splits <= 1024 else 4,
+        )

@@ -1,0 +1,67 @@
+"""What launching needs: sizes of tiles, and whether kernels are compiled or interpreted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E: Final = 1.4426950408889634
+SMALLEST_DOT: Final = 16
+"""Rows, columns and sums that a matrix unit takes at least."""
+_HEAD_BYTES = 256
+"""Of a head that `Tuning` is for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Tile sizes and depths of the attention kernels, for heads of 128 16-bit numbers; larger ones get smaller tiles.
+
+    Devices choose their own; AMD's chips have shared memory for two stages.
+    """
+
+    decode_keys: int = 64
+    """Keys that a decode program loads at a time."""
+    decode_warps: int = 4
+    decode_stages: int = 3
+    """Depth of the software pipeline; each stage holds one tile of keys and one of values in shared memory."""
+    prefill_queries: int = 128
+    """Rows of a prefill tile: tokens times the heads that share a KV head."""
+    prefill_keys: int = 64
+    prefill_warps: int = 8
+    prefill_stages: int = 3
+    max_splits: int = 32
+    """Most programs that share one row of decode attention."""
+    split_keys: int = 256
+    """Keys that make another split worth its reduction."""
+
+
+@triton.jit
+def _probe():
+    tl.program_id(0)
+
+
+def interpreted() -> bool:
+    """Kernels run in Triton's interpreter, which gets products of 16-bit numbers wrong: widen them first."""
+    return not isinstance(_probe, triton.runtime.JITFunction)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`: tiles have such sizes."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def shrink(head_dim: int, dtype: torch.dtype) -> int:
+    """By what to divide a tile's rows, so that it fits shared memory and registers. float32 needs twice the registers
+    that its size says: its products are summed without matrix units.
+    """
+    factor = max(1, power_of_two(head_dim) * dtype.itemsize // _HEAD_BYTES)
+    return factor * 2 if dtype.itemsize > 2 else factor
+
+
+def warps_for(elements: int) -> int:
+    """Warps for a tile that is read once: about 8 numbers for each thread, at most 16 warps."""
+    return max(1, min(16, power_of_two(elements) // 256))

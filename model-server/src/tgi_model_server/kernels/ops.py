@@ -1,0 +1,132 @@
+"""TritonOps: the table of operations for a device that runs Triton; products of matrices stay with torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tgi_model_server.device import KVLayout
+from tgi_model_server.kernels import activation, norm, rope, sampling
+from tgi_model_server.kernels.decode import decode
+from tgi_model_server.kernels.launch import Tuning
+from tgi_model_server.kernels.plan import TritonAttentionPlan
+from tgi_model_server.kernels.prefill import prefill
+from tgi_model_server.kernels.rope import HeadNorms
+from tgi_model_server.reference import ReferenceOps
+from tgi_model_server.step import AttentionPlan
+
+DEFAULT_TUNING = Tuning()
+
+
+class TritonOps(ReferenceOps):
+    """`device.Ops` over Triton kernels. Attention needs a `TritonAttentionPlan` made with the same `tuning`.
+
+    Beyond the protocol: `rope_write_kv`, which spares two launches a layer, and `argmax` and `sample`.
+    """
+
+    def __init__(self, tuning: Tuning = DEFAULT_TUNING) -> None:
+        self.tuning = tuning
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The vendor's library, which accumulates in float32."""
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return norm.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Overwrites both inputs."""
+        return norm.add_rms_norm(x, residual, weight, eps)
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rope.rope(q, k, cos, sin)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return activation.silu_mul(gate_up)
+
+    def write_kv(
+        self, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, plan: AttentionPlan
+    ) -> None:
+        assert isinstance(plan, TritonAttentionPlan)
+        k_pool, v_pool = _pages(k_pool, plan.layout), _pages(v_pool, plan.layout)
+        rope.write_kv(k, v, k_pool, v_pool, plan.cache_slots)
+
+    def rope_write_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        plan: AttentionPlan,
+        norms: HeadNorms | None = None,
+    ) -> torch.Tensor:
+        """Rotated q; k, rotated, and v are stored. The same as the norms, `rope` and `write_kv` one after the other."""
+        assert isinstance(plan, TritonAttentionPlan)
+        k_pool, v_pool = _pages(k_pool, plan.layout), _pages(v_pool, plan.layout)
+        return rope.rope_write_kv(q, k, v, k_pool, v_pool, plan.cache_slots, cos, sin, norms)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        assert isinstance(plan, TritonAttentionPlan)
+        k_pool, v_pool = _pages(k_pool, plan.layout), _pages(v_pool, plan.layout)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if plan.decode_lens.shape[0]:
+            decode(
+                q,
+                k_pool,
+                v_pool,
+                out,
+                plan.page_table,
+                plan.decode_lens,
+                plan.query_starts,
+                scale=scale,
+                window=sliding_window,
+                splits=plan.decode_splits,
+                tuning=self.tuning,
+            )
+        if plan.tiles.shape[0]:
+            prefill(
+                q,
+                k_pool,
+                v_pool,
+                out,
+                plan.tiles,
+                plan.page_table,
+                plan.kv_lens,
+                plan.query_lens,
+                plan.query_starts,
+                scale=scale,
+                window=sliding_window,
+                tuning=self.tuning,
+            )
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """[rows, vocabulary] -> int64 [rows], the first of equals."""
+        return sampling.argmax(logits)
+
+    def sample(
+        self, logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        """As `kernels.sampling.sample`: rows without any filter, drawn or greedy."""
+        return sampling.sample(logits, temperature, seeds, indices)
+
+
+def _pages(pool: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+    """The pool as [num_pages, page_size, kv_heads, head_dim]."""
+    return pool if layout.order == "NHD" else pool.transpose(1, 2)

@@ -1,0 +1,224 @@
+"""TritonAttentionPlan: what the attention kernels of every layer read of a step, one int32 tensor moved once.
+
+`triton_plan` makes one of a step's own size. `FixedPlan` keeps the buffers of one bucket, which a captured graph
+remembers, and fills them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tgi_model_server.device import AttentionShape, Bucket, KVLayout
+from tgi_model_server.kernels.decode import choose_splits
+from tgi_model_server.kernels.launch import Tuning
+from tgi_model_server.kernels.prefill import tile_tokens
+from tgi_model_server.plan import StepPlan
+
+_ALIGNED = 16
+"""Kernels are compiled anew for sizes that are not multiples of this, so tables have none."""
+
+_Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class TritonAttentionPlan:
+    """Tables of one step, int32 views into one buffer on the device. Implements `step.AttentionPlan`."""
+
+    layout: KVLayout
+    cache_slots: torch.Tensor
+    """[T]: ``page * page_size + offset`` of each new token."""
+    page_table: torch.Tensor
+    """[rows, at least the pages of the longest row]; behind a row's last page it may hold anything."""
+    kv_lens: torch.Tensor
+    """[rows]"""
+    decode_lens: torch.Tensor
+    """[decode rows]: `kv_lens` of the first rows of the tables, 0 for those with more than one new token."""
+    query_lens: torch.Tensor
+    """[rows]"""
+    query_starts: torch.Tensor
+    """[rows]: the row's first new token. The tables' rows need not have the step's order."""
+    tiles: torch.Tensor
+    """[tiles, 2]: row and first new token of each prefill tile; row -1 is no work."""
+    decode_splits: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    tokens: int
+    rows: int
+    table_pages: int
+    decode_rows: int
+    tiles: int
+
+    def lengths(self) -> tuple[int, ...]:
+        """Of the buffer's parts: slots, KV lengths, decode lengths, query lengths, query starts, tiles, page table."""
+        rows = self.rows
+        return (self.tokens, rows, self.decode_rows, rows, rows, 2 * self.tiles, rows * self.table_pages)
+
+    def starts(self) -> list[int]:
+        """Where the parts begin, aligned, and where the last one, the page table, ends."""
+        out = [0]
+        for length in self.lengths():
+            out.append(-(-(out[-1] + length) // _ALIGNED) * _ALIGNED)
+        return out
+
+
+def triton_plan(
+    plan: StepPlan,
+    shape: AttentionShape,
+    layout: KVLayout,
+    *,
+    device: torch.device,
+    cores: int,
+    tuning: Tuning,
+) -> TritonAttentionPlan:
+    """A plan of exactly this step, its decode rows first. `cores` are the chip's processors that run programs."""
+    order = sorted(range(len(plan.slots)), key=lambda row: plan.query_lens[row] > 1)
+    decode_rows = sum(query_len == 1 for query_len in plan.query_lens)
+    per_tile = tile_tokens(shape, tuning)
+    tiles = _list_tiles(plan, order, per_tile)
+    longest = max(plan.kv_lens, default=1)
+    sizes = _Sizes(
+        tokens=plan.num_tokens,
+        rows=len(order),
+        table_pages=_aligned(-(-longest // layout.page_size)),
+        decode_rows=decode_rows,
+        tiles=len(tiles),
+    )
+    buffer, place = _host_buffer(sizes, device), sizes.starts()
+    _fill(buffer.numpy(), sizes, plan, order, tiles, layout.page_size)
+    moved = buffer.to(device, non_blocking=True)
+    splits = choose_splits(decode_rows, shape.num_kv_heads, longest, cores, tuning)
+    return _views(moved, place, sizes, layout, splits)
+
+
+class FixedPlan:
+    """The buffers of one bucket: `plan` always has the same addresses and shapes, `update` changes what is in them."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        max_kv_len: int,
+        shape: AttentionShape,
+        layout: KVLayout,
+        *,
+        device: torch.device,
+        cores: int,
+        tuning: Tuning,
+    ) -> None:
+        """A bucket of as many tokens as rows is for decoding only: it has no prefill tiles."""
+        self._layout = layout
+        self._per_tile = tile_tokens(shape, tuning)
+        only_decode = bucket.num_tokens == bucket.num_rows
+        self._sizes = _Sizes(
+            tokens=bucket.num_tokens,
+            rows=bucket.num_rows,
+            table_pages=_aligned(-(-max_kv_len // layout.page_size)),
+            decode_rows=bucket.num_rows,
+            tiles=0 if only_decode else bucket.num_tokens // self._per_tile + bucket.num_rows,
+        )
+        place = self._sizes.starts()
+        self._device = device
+        self._buffer = torch.zeros(place[-1], dtype=torch.int32, device=device)
+        splits = choose_splits(bucket.num_rows, shape.num_kv_heads, max_kv_len, cores, tuning)
+        self.plan = _views(self._buffer, place, self._sizes, layout, splits)
+
+    def update(self, plan: StepPlan) -> None:
+        """Take over `plan`, padded to the bucket; in the order of the current stream, without waiting for it.
+
+        Raises ValueError for a plan that is not of the bucket's size or too long for it.
+        """
+        sizes = self._sizes
+        if (plan.num_tokens, len(plan.slots)) != (sizes.tokens, sizes.rows):
+            raise ValueError(
+                f"the step has {plan.num_tokens} tokens in {len(plan.slots)} rows; "
+                f"the buffers are for {sizes.tokens} in {sizes.rows}. Pad it to the bucket."
+            )
+        allowed = sizes.table_pages * self._layout.page_size
+        if max(plan.kv_lens) > allowed:
+            raise ValueError(f"a row has {max(plan.kv_lens)} tokens; the buffers hold {allowed}.")
+        order = list(range(sizes.rows))
+        tiles = _list_tiles(plan, order, self._per_tile)
+        assert len(tiles) <= sizes.tiles, "rows of one token have no tile, and others fill all but their last one"
+        # Of the page table, which has room for the longest row that is allowed, only the columns in use travel.
+        used = replace(sizes, table_pages=_aligned(-(-max(plan.kv_lens) // self._layout.page_size)))
+        # Pinned memory comes from a cache that hands a piece out again only when the copies from it are done.
+        staged = _host_buffer(used, self._device)
+        _fill(staged.numpy(), used, plan, order, tiles, self._layout.page_size)
+        head = used.starts()[-2]
+        self._buffer[:head].copy_(staged[:head], non_blocking=True)
+        columns = staged[head:].to(self._device, non_blocking=True)[: used.rows * used.table_pages]
+        self.plan.page_table[:, : used.table_pages].copy_(columns.view(used.rows, used.table_pages))
+
+
+def _aligned(size: int) -> int:
+    return -(-max(size, 1) // _ALIGNED) * _ALIGNED
+
+
+def _host_buffer(sizes: _Sizes, device: torch.device) -> torch.Tensor:
+    return torch.empty(sizes.starts()[-1], dtype=torch.int32, pin_memory=device.type != "cpu")
+
+
+def _list_tiles(plan: StepPlan, order: Sequence[int], per_tile: int) -> list[tuple[int, int]]:
+    """Place in `order` and first new token; those with the most keys first, so that none is left to run alone."""
+    tiles: list[tuple[int, int, int]] = []
+    for place, row in enumerate(order):
+        query_len, kv_len = plan.query_lens[row], plan.kv_lens[row]
+        if query_len > 1:
+            tiles.extend((kv_len - query_len + first, place, first) for first in range(0, query_len, per_tile))
+    tiles.sort(reverse=True)
+    return [(place, first) for _, place, first in tiles]
+
+
+def _fill(
+    buffer: _Ints, sizes: _Sizes, plan: StepPlan, order: Sequence[int], tiles: list[tuple[int, int]], page_size: int
+) -> None:
+    """Write every number of the tables into `buffer`, whose contents may be anything."""
+    starts = sizes.starts()
+    slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, table = (
+        buffer[start:end] for start, end in pairwise(starts)
+    )
+    buffer[:] = 0
+    query_lens[: sizes.rows] = np.fromiter((plan.query_lens[row] for row in order), np.int32, sizes.rows)
+    kv_lens[: sizes.rows] = np.fromiter((plan.kv_lens[row] for row in order), np.int32, sizes.rows)
+    decode_lens[: sizes.decode_rows] = np.where(query_lens[: sizes.decode_rows] == 1, kv_lens[: sizes.decode_rows], 0)
+    first_tokens = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(plan.query_lens, out=first_tokens[1:])
+    pages_of_row = table[: sizes.rows * sizes.table_pages].reshape(sizes.rows, sizes.table_pages)
+    for place, row in enumerate(order):
+        kv_len, query_len, token = plan.kv_lens[row], plan.query_lens[row], int(first_tokens[row])
+        used = -(-kv_len // page_size)
+        pages_of_row[place, :used] = plan.pages[row][:used]
+        query_starts[place] = token
+        if query_len == 1:
+            slots[token] = pages_of_row[place, used - 1] * page_size + (kv_len - 1) % page_size
+        else:
+            at = np.arange(kv_len - query_len, kv_len)
+            slots[token : token + query_len] = pages_of_row[place, at // page_size] * page_size + at % page_size
+    tile_list[: 2 * sizes.tiles : 2] = -1
+    if tiles:
+        tile_list[: 2 * len(tiles)] = np.asarray(tiles, np.int32).reshape(-1)
+
+
+def _views(
+    buffer: torch.Tensor, starts: list[int], sizes: _Sizes, layout: KVLayout, splits: int
+) -> TritonAttentionPlan:
+    parts = [buffer[start : start + length] for start, length in zip(starts, sizes.lengths(), strict=False)]
+    slots, kv_lens, decode_lens, query_lens, query_starts, tiles, table = parts
+    return TritonAttentionPlan(
+        layout=layout,
+        cache_slots=slots,
+        page_table=table.view(sizes.rows, sizes.table_pages),
+        kv_lens=kv_lens,
+        decode_lens=decode_lens,
+        query_lens=query_lens,
+        query_starts=query_starts,
+        tiles=tiles.view(sizes.tiles, 2),
+        decode_splits=splits,
+    )

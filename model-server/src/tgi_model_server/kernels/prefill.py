@@ -1,0 +1,259 @@
+"""Attention of rows with several new tokens over their pages: whole prompts, chunks, and what follows a cached prefix.
+
+FlashAttention-2 (Dao 2023) over paged keys. A tile is some tokens of one row, times the query heads that share a KV
+head: each key that is read serves the whole group. Tiles are listed by the host, so that rows of any lengths make one
+launch without empty programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tgi_model_server.device import AttentionShape
+from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
+
+
+@triton.jit
+def _attend_tiles(
+    query,
+    k_pool,
+    v_pool,
+    pages,
+    position,
+    largest,
+    total,
+    sums,
+    begin,
+    end,
+    head_offset,
+    pool_page,
+    pool_slot,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One pass over the keys begin .. end - 1; MASKED where a query of the tile may not see one of them."""
+    column = tl.arange(0, BLOCK_D)
+    for start in range(begin, end, BLOCK_N):
+        key_at = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            known = key_at < end
+            page = tl.load(pages + key_at // PAGE, mask=known, other=0).to(tl.int64)
+        else:
+            page = tl.load(pages + key_at // PAGE).to(tl.int64)
+        place = (page * pool_page + key_at % PAGE * pool_slot + head_offset)[:, None] + column[None, :]
+        # What lies behind the row's end may be anything, even NaN, which a weight of 0 would not remove.
+        if MASKED:
+            taken = known[:, None] & (column < HEAD_DIM)[None, :]
+            key = tl.load(k_pool + place, mask=taken, other=0.0).to(query.dtype)
+        elif HEAD_DIM != BLOCK_D:
+            key = tl.load(k_pool + place, mask=(column < HEAD_DIM)[None, :], other=0.0).to(query.dtype)
+        else:
+            key = tl.load(k_pool + place).to(query.dtype)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        if MASKED:
+            seen = key_at[None, :] <= position[:, None]
+            if WINDOW:
+                seen = seen & (key_at[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # With a window a query may see no key of a tile; -inf minus -inf would be NaN.
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest) if WINDOW else new_largest
+        weights = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(largest - base)
+        total = total * fade + tl.sum(weights, axis=1)
+        if MASKED:
+            value = tl.load(v_pool + place, mask=taken, other=0.0).to(query.dtype)
+        elif HEAD_DIM != BLOCK_D:
+            value = tl.load(v_pool + place, mask=(column < HEAD_DIM)[None, :], other=0.0).to(query.dtype)
+        else:
+            value = tl.load(v_pool + place).to(query.dtype)
+        sums = tl.dot(weights.to(query.dtype), value, sums * fade[:, None], input_precision="ieee")
+        largest = new_largest
+    return largest, total, sums
+
+
+@triton.jit
+def prefill_kernel(
+    q,
+    k_pool,
+    v_pool,
+    out,
+    tiles,
+    page_table,
+    kv_lens,
+    query_lens,
+    query_starts,
+    q_token,
+    q_head,
+    pool_page,
+    pool_slot,
+    pool_head,
+    table_row,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Grid [tiles, kv_heads]. tiles int32 [n, 2]: a row, or -1 for no work, and the first of its new tokens.
+
+    A tile has BLOCK_M // GROUP tokens. q [T, heads, HEAD_DIM], a view -> out, contiguous; pools of strides (pool_page,
+    pool_slot, pool_head, 1); int32 page_table [rows, table_row], kv_lens, query_lens and query_starts [rows]. `scale`
+    is in units of log2. WINDOW 0 means none.
+    """
+    row = tl.load(tiles + 2 * tl.program_id(0))
+    if row < 0:
+        return
+    first = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    kv_head = tl.program_id(1)
+    heads = tl.num_programs(1) * GROUP
+    tokens: tl.constexpr = BLOCK_M // GROUP
+    kv_len = tl.load(kv_lens + row)
+    query_len = tl.load(query_lens + row)
+
+    member = tl.arange(0, BLOCK_M)
+    offset = first + member // GROUP
+    real = (member < tokens * GROUP) & (offset < query_len)
+    token = tl.load(query_starts + row).to(tl.int64) + offset
+    head = kv_head * GROUP + member % GROUP
+    column = tl.arange(0, BLOCK_D)
+    inside = real[:, None] & (column < HEAD_DIM)[None, :]
+    query = tl.load(q + (token * q_token + head * q_head)[:, None] + column[None, :], mask=inside, other=0.0)
+    if WIDEN:
+        query = query.to(tl.float32)
+
+    # Rows of the tile that are no queries look from the last real position: they see keys, so nothing divides by 0.
+    earliest = kv_len - query_len + first
+    latest = tl.minimum(earliest + tokens, kv_len) - 1
+    position = tl.minimum(kv_len - query_len + offset, latest)
+    pages = page_table + row.to(tl.int64) * table_row
+    head_offset = kv_head * pool_head
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if WINDOW:
+        middle = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        middle = (earliest + 1) // BLOCK_N * BLOCK_N
+        largest, total, sums = _attend_tiles(
+            query,
+            k_pool,
+            v_pool,
+            pages,
+            position,
+            largest,
+            total,
+            sums,
+            0,
+            middle,
+            head_offset,
+            pool_page,
+            pool_slot,
+            scale,
+            HEAD_DIM,
+            PAGE,
+            0,
+            BLOCK_N,
+            BLOCK_D,
+            False,
+        )
+    largest, total, sums = _attend_tiles(
+        query,
+        k_pool,
+        v_pool,
+        pages,
+        position,
+        largest,
+        total,
+        sums,
+        middle,
+        latest + 1,
+        head_offset,
+        pool_page,
+        pool_slot,
+        scale,
+        HEAD_DIM,
+        PAGE,
+        WINDOW,
+        BLOCK_N,
+        BLOCK_D,
+        True,
+    )
+    into = out + ((token * heads + head) * HEAD_DIM)[:, None] + column[None, :]
+    tl.store(into, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def tile_rows(group: int, head_dim: int, dtype: torch.dtype, tuning: Tuning) -> int:
+    """BLOCK_M: `tuning.prefill_queries`, or what one token's heads need."""
+    return max(tuning.prefill_queries // shrink(head_dim, dtype), power_of_two(group), SMALLEST_DOT)
+
+
+def tile_tokens(shape: AttentionShape, tuning: Tuning) -> int:
+    """New tokens of a tile, for plans that list tiles."""
+    group = shape.num_heads // shape.num_kv_heads
+    return tile_rows(group, shape.head_dim, shape.dtype, tuning) // group
+
+
+def prefill(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    out: torch.Tensor,
+    tiles: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    query_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    tuning: Tuning,
+) -> None:
+    """Fill `out` [T, heads, head_dim], contiguous, at the tokens of `tiles`, which has `tile_tokens` for each.
+
+    q [T, heads, head_dim], a view; NHD-shaped pools, which may be views; tables as `prefill_kernel` has them.
+    """
+    assert q.stride(-1) == k_pool.stride(-1) == 1
+    assert k_pool.stride() == v_pool.stride()
+    assert out.is_contiguous()
+    heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_pool.shape[2]
+    group = heads // kv_heads
+    prefill_kernel[(tiles.shape[0], kv_heads)](
+        q,
+        k_pool,
+        v_pool,
+        out,
+        tiles,
+        page_table,
+        kv_lens,
+        query_lens,
+        query_starts,
+        q.stride(0),
+        q.stride(1),
+        k_pool.stride(0),
+        k_pool.stride(1),
+        k_pool.stride(2),
+        page_table.stride(0),
+        scale * LOG2E,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE=k_pool.shape[1],
+        WINDOW=window or 0,
+        BLOCK_M=tile_rows(group, head_dim, q.dtype, tuning),
+        BLOCK_N=max(SMALLEST_DOT, tuning.prefill_keys // shrink(head_dim, q.dtype)),
+        BLOCK_D=max(SMALLEST_DOT, power_of_two(head_dim)),
+        WIDEN=interpreted(),
+        num_warps=tuning.prefill_warps,
+        num_stages=tuning.prefill_stages,
+    )
