@@ -167,7 +167,6 @@ def test_memory_for_less_than_one_sequence_is_refused(folder: Path) -> None:
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is 'fp8_e5m2'"),
         ({"lora_adapters": ("a",)}, "--lora-adapters"),
         ({"speculate": 3}, "--speculate is 3"),
-        ({"num_shard": 2}, "--num-shard is 2; this engine runs on 1 shard"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:

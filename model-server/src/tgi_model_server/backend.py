@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, EngineOptions, ModelInfo, refuse_unsupported
@@ -15,8 +16,11 @@ from tgi_gateway.telemetry import logs
 from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
 from tgi_model_server.batcher import BatchLimits
 from tgi_model_server.device import Device
-from tgi_model_server.engine import Engine, load_engine
+from tgi_model_server.engine import Engine, load_engine, prepare
 from tgi_model_server.loop import StepLoop
+from tgi_model_server.parallel import ALONE, Group, Shard
+from tgi_model_server.ranks import Followers, Leader
+from tgi_model_server.step import Runner
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,10 @@ WARM_UP_TOKENS = 32
 
 
 class TorchBackend(Backend):
-    """`device_factory` makes the Device; it is called in the thread that loads the model."""
+    """`device_factory` makes the Device; it is called in the thread that loads the model.
+
+    With several shards, every rank's process calls it: it must be something that can be imported by its name.
+    """
 
     def __init__(
         self, device_factory: Callable[[], Device], options: EngineOptions, capabilities: Capabilities
@@ -38,6 +45,7 @@ class TorchBackend(Backend):
         self._options = options
         self._capabilities = capabilities
         self._engine: Engine | None = None
+        self._followers: Followers | None = None
         self._loop: StepLoop | None = None
         self._info: ModelInfo | None = None
         self._probe: _Probe | None = None
@@ -58,11 +66,19 @@ class TorchBackend(Backend):
             if events:
                 emit(events)
 
-        engine, info, limits = await asyncio.to_thread(self._load)
-        self._engine, self._info = engine, info
-        self._loop = StepLoop(engine, limits, engine.eos_token_ids, emit_without_probe)
-        self._loop.start()
-        return info
+        loaded = await asyncio.to_thread(self._load)
+        engine, followers = loaded.engine, loaded.followers
+        self._engine, self._followers, self._info = engine, followers, loaded.info
+        loop = self._loop = StepLoop(loaded.runner, loaded.limits, engine.eos_token_ids, emit_without_probe)
+        loop.start()
+        if followers is not None:
+
+            def lose(why: str) -> None:
+                loop.lose(why)
+                loaded.group.abort()
+
+            followers.when_lost(lose)
+        return loaded.info
 
     def submit(self, request: Request) -> None:
         try:
@@ -106,8 +122,8 @@ class TorchBackend(Backend):
             if self._loop is not None:
                 await asyncio.to_thread(self._loop.stop, drain_s)
             if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+                await asyncio.to_thread(_close, self._engine, self._followers)
+                self._engine = self._followers = None
 
     @property
     def _running_loop(self) -> StepLoop:
@@ -132,22 +148,66 @@ class TorchBackend(Backend):
             if probe.ended.is_set():
                 self._probe = None
 
-    def _load(self) -> tuple[Engine, ModelInfo, BatchLimits]:
+    def _load(self) -> _Loaded:
         began_s = time.monotonic()
-        try:
-            engine = load_engine(self._device_factory(), self._options, _Progress())
-            info = model_info(engine, self._options)
-            limits = batch_limits(engine, info, self._options)
-            logs.progress(log, "Warming up", None)
-            warm_up(engine, limits)
-        except StartError:
-            raise
-        except MemoryError as error:
-            raise ModelError("the model does not fit into memory. Use a smaller one or a smaller --dtype.") from error
-        except Exception as error:
-            raise StartError(f"the engine cannot start: {type(error).__name__}: {error}") from error
+        with contextlib.ExitStack() as undo:
+            try:
+                loaded = self._load_ranks(undo)
+                logs.progress(log, "Warming up", None)
+                warm_up(loaded.runner, loaded.limits, loaded.engine.eos_token_ids)
+            except StartError:
+                raise
+            except MemoryError as error:
+                raise ModelError(
+                    "the model does not fit into memory. Use a smaller one or a smaller --dtype."
+                ) from error
+            except Exception as error:
+                raise StartError(f"the engine cannot start: {type(error).__name__}: {error}") from error
+            undo.pop_all()
         log.info("the engine has started in %.1f s", time.monotonic() - began_s)
-        return engine, info, limits
+        return loaded
+
+    def _load_ranks(self, undo: contextlib.ExitStack) -> _Loaded:
+        """The engine on this rank and all others; `undo` ends what was started."""
+        device, options, group = self._device_factory(), self._options, ALONE
+        followers: Followers | None = None
+        if options.num_shard > 1:
+            shard = Shard(0, options.num_shard)
+            device.join(shard)
+            options = prepare(device, options, shard).options
+            followers = Followers(self._device_factory, options)
+            undo.callback(followers.end)
+            group = followers.meet(device, shard)
+            undo.callback(group.close)
+        try:
+            engine = load_engine(device, options, _Progress(), group)
+        except Exception as error:
+            if followers is None or isinstance(error, StartError):
+                raise
+            raise followers.cause(error) from error
+        info = model_info(engine, options)
+        runner: Runner = engine if followers is None else Leader(engine, followers)
+        return _Loaded(engine, runner, group, followers, info, batch_limits(engine, info, options))
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What an engine consists of once it has started."""
+
+    engine: Engine
+    runner: Runner
+    group: Group
+    followers: Followers | None
+    info: ModelInfo
+    limits: BatchLimits
+
+
+def _close(engine: Engine, followers: Followers | None) -> None:
+    if followers is not None:
+        followers.tell_to_stop()
+    engine.close()
+    if followers is not None:
+        followers.end()
 
 
 def model_info(engine: Engine, options: EngineOptions) -> ModelInfo:
@@ -196,10 +256,10 @@ def batch_limits(engine: Engine, info: ModelInfo, options: EngineOptions) -> Bat
     )
 
 
-def warm_up(engine: Engine, limits: BatchLimits) -> None:
+def warm_up(runner: Runner, limits: BatchLimits, eos_token_ids: Iterable[int]) -> None:
     """Run a few short generations, so that the first request finds everything loaded. Raises `StartError`."""
     failed: list[Failed] = []
-    loop = StepLoop(engine, limits, engine.eos_token_ids, lambda events: failed.extend(events.failed))
+    loop = StepLoop(runner, limits, eos_token_ids, lambda events: failed.extend(events.failed))
     prompt = min(WARM_UP_TOKENS, limits.max_input_tokens)
     new = min(3, limits.max_total_tokens - prompt)
     for request_id in range(min(2, limits.max_sequences)):

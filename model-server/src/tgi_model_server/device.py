@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.step import AttentionPlan, StepInput, StepPlan
 
 
@@ -150,6 +151,17 @@ class Device(Protocol):
     @property
     def collective_backend(self) -> str:
         """torch.distributed backend: ``gloo``, ``nccl``, ``xla``, ..."""
+        ...
+
+    def join(self, shard: Shard) -> None:
+        """This process is one of several ranks: choose the rank's chip, or its share of what all have. Comes first."""
+        ...
+
+    def collectives(self, group: Group) -> Group:
+        """`group`, of several ranks, as this chip exchanges values fastest; itself where torch.distributed is.
+
+        Called once, by all ranks together, so that it may exchange what it needs through `group`.
+        """
         ...
 
     def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,11 +14,11 @@ from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, Ste
 from tgi_model_server.kv.pool import PagePool
 from tgi_model_server.models.config import ModelConfig, find_eos, load_config
 from tgi_model_server.models.registry import Model, build_model
-from tgi_model_server.parallel import Shard
+from tgi_model_server.parallel import ALONE, Group, Shard
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 from tgi_model_server.sampling.sampler import Sampled, Sampler
 from tgi_model_server.sampling.watermark import Watermark
-from tgi_model_server.sizing import compute_dtype, num_pages, refuse_unsupported, step_limits
+from tgi_model_server.sizing import attention_shape, compute_dtype, num_pages, refuse_unsupported, step_limits
 from tgi_model_server.step import StepInput
 from tgi_model_server.weights.loader import CheckpointWeights, DummyWeights, Progress, Weights
 
@@ -26,7 +27,11 @@ _PROMPT_LOGPROB_ROWS = 128
 
 
 class Engine:
-    """Implements `step.Runner`. Everything but construction is called from one thread."""
+    """Implements `step.Runner`. Everything but construction is called from one thread.
+
+    Of several ranks each runs the same plans, and rank 0 alone samples: the others get the tokens from it, and know
+    nothing of requests and slots.
+    """
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class Engine:
         limits: StepLimits,
         eos_token_ids: Sequence[int],
         watermark: Watermark | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.config = config
         self.eos_token_ids = tuple(eos_token_ids)
@@ -47,16 +53,19 @@ class Engine:
         self._model = model
         self._shape = shape
         self._layout = device.kv_layout(shape)
+        self._group = group
+        self._sampler: Sampler | None = None
         with torch.inference_mode():
             self._kv = PagePool(num_pages, config.num_layers, self._layout, shape, device.zeros)
-            self._sampler = Sampler(
-                vocab_size=config.vocab_size,
-                max_sequences=limits.max_rows,
-                eos_token_ids=eos_token_ids,
-                device=device.torch_device,
-                watermark=watermark,
-                peek=device.pipeline_depth == 1,
-            )
+            if group.rank == 0:
+                self._sampler = Sampler(
+                    vocab_size=config.vocab_size,
+                    max_sequences=limits.max_rows,
+                    eos_token_ids=eos_token_ids,
+                    device=device.torch_device,
+                    watermark=watermark,
+                    peek=device.pipeline_depth == 1,
+                )
             self._captured = self._capture(device.buckets(limits))
 
     @property
@@ -88,10 +97,12 @@ class Engine:
         return self._device.name
 
     def admit(self, slot: int, request: Request, output_ids: Sequence[int]) -> None:
+        assert self._sampler is not None, "rank 0 knows the requests"
         with torch.inference_mode():
             self._sampler.admit(slot, request, output_ids)
 
     def release(self, slot: int) -> None:
+        assert self._sampler is not None, "rank 0 knows the requests"
         self._sampler.release(slot)
 
     def run(self, plan: StepPlan) -> EngineOutput:
@@ -103,11 +114,12 @@ class Engine:
                 padded = self._input(pad_plan(plan, bucket, self.page_size), sampled=bucket.num_rows)
                 logits, hidden = self._captured[bucket](padded)
             rows = len(plan.sample_rows)
-            sampled = self._sampler.sample(logits[:rows], plan) if rows else None
+            sampled = self._sampler.sample(logits[:rows], plan) if rows and self._sampler is not None else None
             return EngineOutput(rows, sampled, self._prompt_logprobs(plan, hidden))
 
     def close(self) -> None:
-        """Give the memory back; nothing may be called afterwards."""
+        """Give the memory back and leave the group; nothing may be called afterwards."""
+        self._group.close()
         del self._kv, self._model, self._sampler, self._captured
 
     def _forward(self, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +155,12 @@ class Engine:
                     places.append(place)
                     slots.append(slot)
             token += query_len
-        previous = self._sampler.last_tokens.index_select(0, self._tensor(slots))
+        # From rank 0 even where another rank could know them: on this all ranks must agree to the bit.
+        if self._sampler is not None:
+            previous = self._sampler.last_tokens.index_select(0, self._tensor(slots))
+        else:
+            previous = ids.new_empty(len(slots))
+        self._group.broadcast(previous)
         return previous if len(places) == len(plan.token_ids) else ids.index_copy_(0, self._tensor(places), previous)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -201,23 +218,42 @@ class EngineOutput:
         return result
 
 
-def load_engine(device: Device, options: EngineOptions, progress: Progress | None = None) -> Engine:
-    """Read the model of `options` onto `device`; `progress` is told (bytes done, bytes in all) of its weights.
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is known of an engine before its weights are read."""
+
+    options: EngineOptions
+    """With the dtype that was chosen, so that all ranks compute in the same."""
+    config: ModelConfig
+    limits: StepLimits
+    shape: AttentionShape
+
+
+def prepare(device: Device, options: EngineOptions, shard: Shard) -> Preparation:
+    """Check `options` against the model and the device.
 
     Raises `ModelError` for what is wrong with the model's files, `SettingsError` for options that do not fit.
     """
     refuse_unsupported(options)
     config = load_config(options.model_path, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
     dtype = compute_dtype(device, options, config)
-    limits = step_limits(options, config)
-    shard = Shard()
-    shape = AttentionShape(
-        num_heads=shard.size(config.num_heads, "attention heads"),
-        num_kv_heads=shard.size(config.num_kv_heads, "key-value heads"),
-        head_dim=config.head_dim,
-        dtype=dtype,
-        kv_dtype=dtype,
-    )
+    shape = attention_shape(config, shard, dtype)
+    options = replace(options, dtype=str(dtype).removeprefix("torch."))
+    return Preparation(options, config, step_limits(options, config), shape)
+
+
+def load_engine(
+    device: Device, options: EngineOptions, progress: Progress | None = None, group: Group = ALONE
+) -> Engine:
+    """Read this rank's part of the model onto `device`; `progress` is told (bytes done, bytes in all) of its weights.
+
+    Raises as `prepare`. Ranks do it together: the smallest memory decides how many pages all have.
+    """
+    assert options.num_shard == group.world_size
+    shard = group.shard
+    ready = prepare(device, options, shard)
+    options, config, limits, shape = ready.options, ready.config, ready.limits, ready.shape
+    dtype = shape.dtype
     weights: Weights
     if options.load_format == "dummy":
         weights = DummyWeights(dtype=dtype, device=device.torch_device, shard=shard)
@@ -227,15 +263,16 @@ def load_engine(device: Device, options: EngineOptions, progress: Progress | Non
         )
     with torch.inference_mode():
         model = build_model(
-            config, shape, weights, device.ops, device=device.torch_device, max_positions=limits.max_kv_len
+            config, shape, weights, device.ops, device=device.torch_device, max_positions=limits.max_kv_len, group=group
         )
     return Engine(
         device,
         model,
         config,
         shape=shape,
-        num_pages=num_pages(device, options, config, shape, limits),
+        num_pages=group.minimum(num_pages(device, options, config, shape, limits)),
         limits=limits,
         eos_token_ids=find_eos(options.model_path, config),
         watermark=Watermark(config.vocab_size, options.watermark_gamma, options.watermark_delta),
+        group=group,
     )

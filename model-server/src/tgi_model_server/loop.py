@@ -74,6 +74,7 @@ class StepLoop:
         self._closing = threading.RLock()
         """Held to emit from other threads: never two emits at a time."""
         self._stop_at_s: float | None = None
+        self._lost: str | None = None
         self._load = Load(0, 0, self.batcher.available_pages)
         self._thread = threading.Thread(target=self._main, name="step-loop", daemon=True)
 
@@ -102,6 +103,11 @@ class StepLoop:
             self._thread.join()
         else:
             self._close()
+
+    def lose(self, why: str) -> None:
+        """The device is lost, as somebody noticed outside of a step: end everything."""
+        self._lost = why
+        self._wake.set()
 
     @property
     def load(self) -> Load:
@@ -141,6 +147,9 @@ class StepLoop:
         was_in_flight = bool(in_flight)
         self.turns += 1
         self._take_inbox()
+        if self._lost is not None:
+            self._lose(self._lost)
+            return False
         if self._stop_at_s is not None and (not self.has_work() or time.monotonic() >= self._stop_at_s):
             return False
         started = self._start_step()
@@ -159,7 +168,7 @@ class StepLoop:
     def _sleep(self) -> None:
         # Clear first, look second: whoever appends in between sets the event again.
         self._wake.clear()
-        if not self._inbox and self._stop_at_s is None:
+        if not self._inbox and self._stop_at_s is None and self._lost is None:
             self._wake.wait()
 
     def has_work(self) -> bool:
@@ -218,8 +227,7 @@ class StepLoop:
         log.error("step %d with %d sequences broke: %s", steps[0].number, len(steps[0].rows), error, exc_info=error)
         self._in_flight.popleft()
         if isinstance(error, DeviceLost):
-            self._in_flight.clear()
-            self.failure = f"the device is lost: {error}"
+            self._lose(str(error))
             return
         while self._in_flight:
             later, output = self._in_flight.popleft()
@@ -234,6 +242,10 @@ class StepLoop:
         self._failures += 1
         if self._failures >= MAX_FAILURES:
             self.failure = f"{self._failures} steps in a row broke, the last with: {error}"
+
+    def _lose(self, why: str) -> None:
+        self._in_flight.clear()
+        self.failure = f"the device is lost: {why}"
 
     def _close(self) -> None:
         """End whatever is still open; nothing is taken from now on."""

@@ -11,6 +11,7 @@ from tgi_gateway.errors import SettingsError
 from tgi_model_server.device import AttentionShape, Device, StepLimits
 from tgi_model_server.kv.pool import page_bytes
 from tgi_model_server.models.config import ModelConfig
+from tgi_model_server.parallel import Shard
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -44,8 +45,31 @@ def refuse_unsupported(options: EngineOptions) -> None:
     ):
         if value:
             raise SettingsError(f"{flag} is {value!r}; this engine does not support it yet. Leave it out.")
-    if options.num_shard != 1:
-        raise SettingsError(f"--num-shard is {options.num_shard}; this engine runs on 1 shard.")
+
+
+def attention_shape(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> AttentionShape:
+    """A rank's part of the attention. Raises `SettingsError` where the model cannot be split among so many ranks."""
+    if not _can_split(config, shard.world_size):
+        allowed = [count for count in range(1, config.num_heads + 1) if _can_split(config, count)]
+        raise SettingsError(
+            f"--num-shard is {shard.world_size}; this model has {config.num_heads} attention heads, "
+            f"{config.num_kv_heads} key-value heads and {config.intermediate_size} intermediate columns, which can be "
+            f"split among {', '.join(map(str, allowed))}. Choose one of these."
+        )
+    return AttentionShape(
+        num_heads=config.num_heads // shard.world_size,
+        # Where there are fewer than ranks, neighbouring ranks hold the same one.
+        num_kv_heads=max(config.num_kv_heads // shard.world_size, 1),
+        head_dim=config.head_dim,
+        dtype=dtype,
+        kv_dtype=dtype,
+    )
+
+
+def _can_split(config: ModelConfig, ranks: int) -> bool:
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    evenly = heads % ranks == 0 and config.intermediate_size % ranks == 0
+    return evenly and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
 
 def compute_dtype(device: Device, options: EngineOptions, config: ModelConfig) -> torch.dtype:

@@ -11,8 +11,10 @@ import torch
 
 from tgi_backend_cpu import machine
 from tgi_backend_cpu.attention import PAGE_SIZE, CpuAttentionPlan
+from tgi_backend_cpu.collectives import OrderedSums
 from tgi_backend_cpu.ops import CpuOps
 from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepLimits
+from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepInput
 
@@ -33,7 +35,18 @@ class CpuDevice:
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         self.torch_device = torch.device("cpu")
         self.ops = CpuOps()
+        self._threads = threads
+        self._processes = 1
         torch.set_num_threads(threads or machine.usable_cores())
+
+    def join(self, shard: Shard) -> None:
+        """An equal share of cores and memory."""
+        self._processes = shard.world_size
+        torch.set_num_threads(self._threads or machine.usable_cores(shard.world_size))
+
+    def collectives(self, group: Group) -> Group:
+        """Of two numbers the sum is the same in either order; of more the order must not depend on the batch."""
+        return OrderedSums(group) if group.world_size > 2 else group
 
     def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:  # noqa: ARG002
         """float32 for small models: exact, and as fast as half precision there. bfloat16 for large ones."""
@@ -43,7 +56,8 @@ class CpuDevice:
 
     def memory(self) -> MemoryFigures:
         """A quarter of what is available: a CPU's memory belongs to everyone on the machine."""
-        return MemoryFigures(total=machine.total_bytes(), free=machine.available_bytes() // 4)
+        share = self._processes
+        return MemoryFigures(total=machine.total_bytes() // share, free=machine.available_bytes() // 4 // share)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Anonymous pages of the kernel, which are zero and take no memory before they are written."""

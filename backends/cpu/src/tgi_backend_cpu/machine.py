@@ -9,8 +9,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
-def usable_cores() -> int:
-    """Threads worth starting: physical cores of our affinity mask, within the CPU quota, but one for the HTTP workers.
+def usable_cores(processes: int = 1) -> int:
+    """Threads worth starting in each of `processes`: physical cores of our affinity mask, within the CPU quota, but one
+    for the HTTP workers.
 
     A step's threads wait for each other at every operation, so one that has to share its core slows all of them.
     OMP_NUM_THREADS overrules.
@@ -23,7 +24,7 @@ def usable_cores() -> int:
     else:
         logical = list(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in logical}
-    return max(1, min(len(cores), _cpu_quota() or len(cores)) - 1)
+    return max(1, (min(len(cores), _cpu_quota() or len(cores)) - 1) // processes)
 
 
 def _siblings(cpu: int) -> str:

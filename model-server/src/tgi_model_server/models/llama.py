@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tgi_model_server.device import AttentionShape, Ops
 from tgi_model_server.kv.pool import PagePool
 from tgi_model_server.layers.attention import Attention
 from tgi_model_server.layers.embedding import Embedding, Head
-from tgi_model_server.layers.linear import Linear
+from tgi_model_server.layers.linear import Linear, RowParallelLinear
 from tgi_model_server.layers.mlp import GatedMLP
 from tgi_model_server.layers.norm import RMSNorm
 from tgi_model_server.layers.rope import Rope
 from tgi_model_server.models.config import ModelConfig
+from tgi_model_server.parallel import Group
 from tgi_model_server.step import StepInput
 from tgi_model_server.weights.loader import Weights
 
@@ -29,18 +32,20 @@ class Llama:
         *,
         device: torch.device,
         max_positions: int,
+        group: Group,
     ) -> None:
         vocabulary = (config.vocab_size, config.hidden_size)
-        embedding = weights.take("model.embed_tokens.weight", vocabulary)
-        self._embed = Embedding(embedding)
+        embedding = weights.take("model.embed_tokens.weight", vocabulary, split=0, padded=True)
+        self._embed = Embedding(embedding, group)
         self._rope = Rope(config.rope, max_positions, device)
-        self._layers = [_Layer(config, shape, weights, ops, index) for index in range(config.num_layers)]
+        self._layers = [_Layer(config, shape, weights, ops, index, group) for index in range(config.num_layers)]
         self._norm = _norm(config, weights, ops, "model.norm")
         if config.tie_word_embeddings:
             weights.ignore("lm_head.weight")
-            self._head = Head(ops, embedding)
+            head = embedding
         else:
-            self._head = Head(ops, weights.take("lm_head.weight", vocabulary))
+            head = weights.take("lm_head.weight", vocabulary, split=0, padded=True)
+        self._head = Head(ops, head, config.vocab_size, group)
 
     def forward(self, step: StepInput, kv: PagePool) -> torch.Tensor:
         """Normalized hidden states of all new tokens, [T, hidden]; their keys and values go into `kv`."""
@@ -66,27 +71,35 @@ class Llama:
 class _Layer:
     """The parts of one decoder layer."""
 
-    def __init__(self, config: ModelConfig, shape: AttentionShape, weights: Weights, ops: Ops, index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, shape: AttentionShape, weights: Weights, ops: Ops, index: int, group: Group
+    ) -> None:
         prefix, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-        def stacked(names: tuple[str, ...], rows: tuple[int, ...], bias: bool) -> Linear:
-            weight = weights.take_stacked([f"{name}.weight" for name in names], [(size, hidden) for size in rows])
-            extra = (
-                weights.take_stacked([f"{name}.bias" for name in names], [(size,) for size in rows]) if bias else None
-            )
-            return Linear(ops, weight, extra)
+        def stacked(names: Sequence[str], rows: Sequence[int], bias: bool, pieces: Sequence[int] = ()) -> Linear:
+            def take(kind: str, *columns: int) -> torch.Tensor:
+                shapes = [(size, *columns) for size in rows]
+                return weights.take_stacked([f"{name}.{kind}" for name in names], shapes, pieces=pieces)
+
+            return Linear(ops, take("weight", hidden), take("bias") if bias else None)
 
         def back(name: str, columns: int, bias: bool) -> Linear:
             weight = weights.take(f"{name}.weight", (hidden, columns), split=1)
-            return Linear(ops, weight, weights.take(f"{name}.bias", (hidden,)) if bias else None)
+            added = weights.take(f"{name}.bias", (hidden,)) if bias else None
+            return RowParallelLinear(ops, weight, added if group.rank == 0 else None, group)
 
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         self.input_norm = _norm(config, weights, ops, f"{prefix}.input_layernorm")
         self.attention = Attention(
             ops,
             shape,
-            stacked(tuple(f"{attention}.{part}_proj" for part in "qkv"), (q_rows, kv_rows, kv_rows), config.qkv_bias),
+            stacked(
+                [f"{attention}.{part}_proj" for part in "qkv"],
+                (q_rows, kv_rows, kv_rows),
+                config.qkv_bias,
+                (config.num_heads, config.num_kv_heads, config.num_kv_heads),
+            ),
             back(f"{attention}.o_proj", q_rows, config.o_bias),
             q_norm=_norm(config, weights, ops, f"{attention}.q_norm", config.head_dim) if config.qk_norm else None,
             k_norm=_norm(config, weights, ops, f"{attention}.k_norm", config.head_dim) if config.qk_norm else None,

@@ -11,6 +11,7 @@ from tgi_model_server.device import AttentionShape, Ops
 from tgi_model_server.kv.pool import PagePool
 from tgi_model_server.models.config import ModelConfig
 from tgi_model_server.models.llama import Llama
+from tgi_model_server.parallel import ALONE, Group
 from tgi_model_server.step import StepInput
 from tgi_model_server.weights.loader import Weights
 
@@ -39,6 +40,7 @@ class Build(Protocol):
         *,
         device: torch.device,
         max_positions: int,
+        group: Group,
     ) -> Model: ...
 
 
@@ -53,8 +55,11 @@ def build_model(
     *,
     device: torch.device,
     max_positions: int,
+    group: Group = ALONE,
 ) -> Model:
     """Take every weight of `config`'s architecture. Raises `ModelError` for a wrong or missing one."""
-    model = ARCHITECTURES[config.model_type](config, shape, weights, ops, device=device, max_positions=max_positions)
+    model = ARCHITECTURES[config.model_type](
+        config, shape, weights, ops, device=device, max_positions=max_positions, group=group
+    )
     weights.finish()
     return model

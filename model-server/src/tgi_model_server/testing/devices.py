@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepLimits
+from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, ReferencePlan, reference_plan
 from tgi_model_server.step import StepInput
@@ -26,6 +27,12 @@ class ReferenceDevice:
     def __post_init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.ops = ReferenceOps()
+
+    def join(self, shard: Shard) -> None:
+        del shard
+
+    def collectives(self, group: Group) -> Group:
+        return group
 
     def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:
         del checkpoint_dtype, num_parameters

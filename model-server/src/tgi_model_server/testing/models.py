@@ -43,8 +43,10 @@ class _RecordedWeights(DummyWeights):
         super().__init__(dtype=torch.float32, device=torch.device("cpu"), shard=Shard(), seed=seed)
         self.taken: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], *, split: int | None = None) -> torch.Tensor:
-        tensor = super().take(name, shape, split=split)
+    def take(
+        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
+    ) -> torch.Tensor:
+        tensor = super().take(name, shape, split=split, padded=padded)
         if not name.endswith("norm.weight"):
             tensor = tensor * (50.0 * shape[-1] ** -0.5)
         self.taken[name] = tensor

@@ -21,17 +21,23 @@ _FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 class Weights(Protocol):
     """Where a model takes its parameters from."""
 
-    def take(self, name: str, shape: tuple[int, ...], *, split: int | None = None) -> torch.Tensor:
+    def take(
+        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
+    ) -> torch.Tensor:
         """The parameter `name` of full `shape`; with `split`, this rank's part along that dimension.
 
-        Raises `ModelError` naming file and tensor.
+        A `padded` one need not come out even: all parts are as large, the last ones end in zeros. Raises `ModelError`
+        naming file and tensor.
         """
         ...
 
     def take_stacked(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, split: bool = True
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, pieces: Sequence[int] = ()
     ) -> torch.Tensor:
-        """Several parameters, one after the other along dimension 0, each split there among the ranks."""
+        """Several parameters, one after the other along dimension 0, each split there among the ranks.
+
+        `pieces`: into how many each can be cut. Where they are fewer than ranks, neighbours get the same one.
+        """
         ...
 
     def ignore(self, name: str) -> None:
@@ -66,27 +72,41 @@ class CheckpointWeights:
         )
         self._done = 0
 
-    def take(self, name: str, shape: tuple[int, ...], *, split: int | None = None) -> torch.Tensor:
+    def take(
+        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
+    ) -> torch.Tensor:
         self._check(name, shape)
-        wanted = list(shape)
-        if split is not None:
-            wanted[split] = self._shard.size(shape[split], name)
-        target = torch.empty(wanted, dtype=self._dtype, device=self._device)
-        self._copy(name, shape, target, split)
+        if split is None:
+            target = self._empty(shape)
+            self._copy(name, target, ())
+            return target
+        part = _part(self._shard, shape[split], name, padded)
+        before, after = shape[:split], shape[split + 1 :]
+        target = self._empty((*before, part.stop - part.start, *after))
+        present = max(min(part.stop, shape[split]) - part.start, 0)
+        if present < target.shape[split]:
+            target.zero_()
+        if present:
+            index = (slice(None),) * split + (slice(part.start, part.start + present),)
+            self._copy(name, target.narrow(split, 0, present), index if self._shard.world_size > 1 else ())
+        else:
+            self.ignore(name)
         return target
 
     def take_stacked(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, split: bool = True
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, pieces: Sequence[int] = ()
     ) -> torch.Tensor:
         for name, shape in zip(names, shapes, strict=True):
             self._check(name, shape)
-        rows = [
-            self._shard.size(shape[0], name) if split else shape[0] for name, shape in zip(names, shapes, strict=True)
-        ]
-        target = torch.empty((sum(rows), *shapes[0][1:]), dtype=self._dtype, device=self._device)
-        for name, shape, part in zip(names, shapes, target.split_with_sizes(rows), strict=True):
-            self._copy(name, shape, part, 0 if split else None)
+        ranges = _ranges(self._shard, names, shapes, pieces)
+        sizes = [part.stop - part.start for part in ranges]
+        target = self._empty((sum(sizes), *shapes[0][1:]))
+        for name, part, rows in zip(names, ranges, target.split_with_sizes(sizes), strict=True):
+            self._copy(name, rows, (part,) if self._shard.world_size > 1 else ())
         return target
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def ignore(self, name: str) -> None:
         self._unused.pop(name, None)
@@ -117,13 +137,12 @@ class CheckpointWeights:
                 f"{entry.file}: tensor {name} has dtype {entry.dtype}; this engine reads {', '.join(_FLOATING)}."
             )
 
-    def _copy(self, name: str, shape: tuple[int, ...], target: torch.Tensor, split: int | None) -> None:
-        index: tuple[slice, ...] = ()
-        if split is not None and self._shard.world_size > 1:
-            index = (slice(None),) * split + (self._shard.range(shape[split], name),)
+    def _copy(self, name: str, target: torch.Tensor, index: tuple[slice, ...]) -> None:
+        """`index` () is the whole tensor."""
         target.copy_(self._checkpoint.read(name, index))
         self._unused.pop(name, None)
-        self._done += _FLOATING[self._checkpoint.entries[name].dtype] * torch.Size(shape).numel()
+        entry = self._checkpoint.entries[name]
+        self._done += _FLOATING[entry.dtype] * torch.Size(entry.shape).numel()
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
 
@@ -137,26 +156,50 @@ class DummyWeights:
         self._shard = shard
         self._seed = seed
 
-    def take(self, name: str, shape: tuple[int, ...], *, split: int | None = None) -> torch.Tensor:
-        if name.endswith("norm.weight"):
-            full = torch.ones(shape)
-        else:
-            digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            full = torch.randn(shape, generator=generator) * 0.02
+    def take(
+        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
+    ) -> torch.Tensor:
+        full = self._random(name, shape)
         if split is not None:
-            part = self._shard.range(shape[split], name)
-            full = full.narrow(split, part.start, part.stop - part.start)
+            part = _part(self._shard, shape[split], name, padded)
+            full = full.narrow(split, min(part.start, shape[split]), max(min(part.stop, shape[split]) - part.start, 0))
+            missing = part.stop - part.start - full.shape[split]
+            if missing:
+                size = (*shape[:split], missing, *shape[split + 1 :])
+                full = torch.cat((full, torch.zeros(size)), dim=split)
         return full.to(device=self._device, dtype=self._dtype)
 
     def take_stacked(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, split: bool = True
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, pieces: Sequence[int] = ()
     ) -> torch.Tensor:
-        parts = [self.take(name, shape, split=0 if split else None) for name, shape in zip(names, shapes, strict=True)]
-        return torch.cat(parts)
+        ranges = _ranges(self._shard, names, shapes, pieces)
+        whole = [self.take(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        return torch.cat([each[part] for each, part in zip(whole, ranges, strict=True)])
+
+    def _random(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """float32"""
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.randn(shape, generator=generator) * 0.02
 
     def ignore(self, name: str) -> None:
         """Nothing is ever left over."""
 
     def finish(self) -> None:
         """Nothing is ever left over."""
+
+
+def _part(shard: Shard, whole: int, what: str, padded: bool) -> slice:
+    return shard.padded_range(whole) if padded else shard.range(whole, what)
+
+
+def _ranges(
+    shard: Shard, names: Sequence[str], shapes: Sequence[tuple[int, ...]], pieces: Sequence[int]
+) -> list[slice]:
+    """This rank's rows of each stacked tensor."""
+    return [
+        shard.among(count).range(shape[0], name)
+        for name, shape, count in zip(names, shapes, pieces or [shard.world_size] * len(names), strict=True)
+    ]

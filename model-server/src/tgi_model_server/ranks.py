@@ -1,0 +1,247 @@
+"""Rank 0's side of an engine of several ranks: start the others, send them every step, notice their end, end them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from tgi_gateway.backend import EngineOptions
+from tgi_gateway.errors import StartError
+from tgi_gateway.launcher.child import Report
+from tgi_gateway.launcher.processes import ending
+from tgi_model_server.device import Device
+from tgi_model_server.engine import Engine
+from tgi_model_server.parallel import COLLECTIVE_TIMEOUT_S, Group, Shard
+from tgi_model_server.plan import StepPlan, StepResult
+from tgi_model_server.rank_task import MEETING_TIMEOUT_S, RankTask, connect, name_of, open_store, write_plan
+from tgi_model_server.step import DeviceLost, StepOutput
+
+log = logging.getLogger(__name__)
+
+STOP_S = 3.0
+"""How long other ranks get to end by themselves."""
+NEWS_S = 1.0
+"""A broken exchange is noticed before the death that caused it; how long to wait for the latter."""
+
+
+@dataclass(eq=False, slots=True)
+class _Follower:
+    rank: int
+    process: subprocess.Popen[bytes]
+    plans_fd: int
+    report_fd: int
+    ready: threading.Event = field(default_factory=threading.Event)
+    """It is about to meet the others, or has ended."""
+    report: Report | None = None
+    """What it told of its failure."""
+
+
+class Followers:
+    """Ranks 1 to N - 1. Made and ended by the thread that loads the engine; `send` belongs to the loop's."""
+
+    def __init__(self, device: Callable[[], Device], options: EngineOptions) -> None:
+        """Start them. Raises `StartError`."""
+        self._world_size = options.num_shard
+        self._lock = threading.Lock()
+        self._ending = False
+        self._failure: StartError | None = None
+        self._failed = threading.Event()
+        self._when_lost: Callable[[str], None] | None = None
+        self._followers: list[_Follower] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._plans: list[int] = []
+        try:
+            for rank in range(1, self._world_size):
+                self._start(rank, name_of(device), options)
+        except BaseException:
+            self.end()
+            raise
+
+    def meet(self, device: Device, shard: Shard) -> Group:
+        """Wait for all and make the group. Raises `StartError` if one of them ends before."""
+        deadline_s = time.monotonic() + MEETING_TIMEOUT_S
+        for follower in self._followers:
+            rank = follower.rank
+            if not follower.ready.wait(max(deadline_s - time.monotonic(), 0.0)):
+                raise StartError(f"rank {rank} was not ready after {MEETING_TIMEOUT_S:.0f} s. Look at its log.")
+            if self._failure is not None:
+                raise self._failure
+        port = self._listener.getsockname()[1]
+        return connect(device, shard, open_store(port, self._world_size, self._listener.detach()))
+
+    @property
+    def failure(self) -> StartError | None:
+        """Why the engine can run no further step."""
+        return self._failure
+
+    def when_lost(self, call: Callable[[str], None]) -> None:
+        """Call this once a rank has ended by itself, from a thread of its own; at once if one has already."""
+        with self._lock:
+            self._when_lost = call
+        if self._failure is not None:
+            call(str(self._failure))
+
+    def send(self, plan: StepPlan) -> None:
+        """Every rank runs this next. Raises `OSError`."""
+        write_plan(self._plans, plan, COLLECTIVE_TIMEOUT_S)
+
+    def cause(self, error: Exception) -> Exception:
+        """Why a step broke with `error`: most often because a rank has ended."""
+        self._failed.wait(NEWS_S)
+        return self._failure or error
+
+    def tell_to_stop(self) -> None:
+        """They end after the steps that were sent."""
+        with self._lock:
+            self._ending = True
+        while self._plans:
+            os.close(self._plans.pop())
+
+    def end(self) -> None:
+        """Returns when none of them runs any more. Idempotent."""
+        self.tell_to_stop()
+        self._listener.close()
+        deadline_s = time.monotonic() + (STOP_S if self._failure is None else 0.0)
+        for follower in self._followers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                follower.process.wait(max(deadline_s - time.monotonic(), 0.0))
+                continue
+            follower.process.kill()
+            follower.process.wait()
+        for follower in self._followers:
+            assert follower.process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                follower.process.stdin.close()
+
+    def _start(self, rank: int, device: str, options: EngineOptions) -> None:
+        plans_read, plans_write = os.pipe()
+        report_read, report_write = os.pipe()
+        os.set_blocking(plans_write, False)
+        self._plans.append(plans_write)
+        task = RankTask(
+            shard=Shard(rank, self._world_size),
+            device=device,
+            options=options,
+            port=self._listener.getsockname()[1],
+            plans_fd=plans_read,
+            report_fd=report_write,
+            log_level=_log_level(),
+        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "tgi_model_server.rank"],
+                stdin=subprocess.PIPE,
+                pass_fds=(plans_read, report_write),
+            )
+        except OSError as error:
+            os.close(report_read)
+            raise StartError(f"cannot start rank {rank}: {error.strerror}") from error
+        finally:
+            os.close(plans_read)
+            os.close(report_write)
+        follower = _Follower(rank, process, plans_write, report_read)
+        self._followers.append(follower)
+        threading.Thread(target=self._watch, args=(follower,), name=f"rank-{rank}-watch", daemon=True).start()
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died already, which the watch tells
+            process.stdin.write(task.encode())
+            process.stdin.flush()
+
+    def _watch(self, follower: _Follower) -> None:
+        with os.fdopen(follower.report_fd, "rb") as reports:
+            for line in reports:
+                report = msgspec.json.decode(line, type=Report)
+                if report.kind == "ready":
+                    follower.ready.set()
+                else:
+                    follower.report = report
+        self._ended(follower, follower.process.wait())
+
+    def _ended(self, follower: _Follower, code: int) -> None:
+        report = follower.report
+        how = ending(code) if report is None else f"failed: {report.text}"
+        error = StartError(f"rank {follower.rank} of {self._world_size} {how}")
+        if report is not None:
+            error.exit_code = report.exit_code  # type: ignore[misc]
+        with self._lock:
+            if not self._ending and self._failure is None:
+                self._failure = error
+                call = self._when_lost
+                log.error("%s", error)
+            else:
+                call = None
+        self._failed.set()
+        follower.ready.set()
+        if call is not None:
+            call(str(error))
+
+
+def _log_level() -> str:
+    """What this process logs, the others shall too."""
+    levels = {"debug": logging.DEBUG, "info": logging.INFO}
+    return next((name for name, level in levels.items() if log.isEnabledFor(level)), "warn")
+
+
+class Leader:
+    """Implements `step.Runner` on rank 0: tells the others of every step, and ends the engine if one of them breaks.
+
+    Ranks exchange values within a step; one that leaves it, for whatever reason, leaves the others waiting. So there
+    is no next step after a broken one.
+    """
+
+    def __init__(self, engine: Engine, followers: Followers) -> None:
+        self._engine = engine
+        self._followers = followers
+        # Rank 0 alone knows the requests.
+        self.admit = engine.admit
+        self.release = engine.release
+
+    @property
+    def page_size(self) -> int:
+        return self._engine.page_size
+
+    @property
+    def num_pages(self) -> int:
+        return self._engine.num_pages
+
+    @property
+    def max_sequences(self) -> int:
+        return self._engine.max_sequences
+
+    @property
+    def pipeline_depth(self) -> int:
+        return self._engine.pipeline_depth
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        try:
+            self._followers.send(plan)
+            return _LeaderOutput(self._engine.run(plan), self._followers)
+        except Exception as error:
+            raise DeviceLost(str(self._followers.cause(error))) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _LeaderOutput:
+    """Implements `step.StepOutput`."""
+
+    output: StepOutput
+    followers: Followers
+
+    def wait(self) -> StepResult:
+        try:
+            result = self.output.wait()
+        except Exception as error:
+            raise DeviceLost(str(self.followers.cause(error))) from error
+        if self.followers.failure is not None:
+            raise DeviceLost(str(self.followers.failure))  # an aborted exchange leaves anything in its tensors
+        return result
