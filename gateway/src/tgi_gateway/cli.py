@@ -69,7 +69,10 @@ def _backends(argv: list[str]) -> int:
     from tgi_gateway.errors import SettingsError
 
     if any(argument in HELP for argument in argv):
-        print("usage: tgi-gateway backends [--verbose]\n\nList the installed backends, without loading their runtimes.")
+        print(
+            "usage: tgi-gateway backends [--verbose]\n\nList the installed backends and what they can do, "
+            "without loading their runtimes; --verbose adds their flags and what they lack here."
+        )
         return 0
     if set(argv) - {"-v", "--verbose"}:
         raise SettingsError(f"`tgi-gateway backends` knows only --verbose, not {' '.join(argv)}")
@@ -85,7 +88,7 @@ def _backends(argv: list[str]) -> int:
                 item.version,
                 item.distribution,
                 status,
-                item.plugin.summary if item.plugin else "see --verbose",
+                item.plugin.summary if item.plugin else "see below",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -93,11 +96,10 @@ def _backends(argv: list[str]) -> int:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
     if not found:
         print(f"no backend is installed. Install one: {plugins.pip_command('cpu')}")
-    if argv:
-        for item in found:
-            print(f"\n{item.name}")
-            for line in _details(item):
-                print(f"  {line}")
+    for item in found:
+        print(f"\n{item.name}")
+        for line in _details(item, verbose=bool(argv)):
+            print(f"  {line}")
     return 0
 
 
@@ -163,17 +165,22 @@ def _missing(plugin: object) -> str | None:
         return f"its check failed: {type(error).__name__}: {error}"
 
 
-def _details(item: object) -> list[str]:
+def _details(item: object, *, verbose: bool) -> list[str]:
     from tgi_gateway.plugins import Installed
 
     assert isinstance(item, Installed)
     if item.plugin is None:
         return [item.problem or ""]
     able = item.plugin.capabilities
-    return [
-        f"missing here: {_missing(item.plugin) or 'nothing'}",
+    capabilities = [
         f"features: {', '.join(sorted(able.features)) or 'none'}",
         f"prefix cache: {'yes' if able.prefix_cache else 'no'}; batching: {'yes' if able.batching else 'no'}; "
         f"top_n_tokens up to {able.max_top_n_tokens}; needs a model: {'yes' if item.plugin.needs_model else 'no'}",
+    ]
+    if not verbose:
+        return capabilities
+    return [
+        *capabilities,
+        f"missing here: {_missing(item.plugin) or 'nothing'}",
         *(f"flag: {flag.name} ({flag.help} Default: {flag.default})" for flag in item.plugin.flags),
     ]
