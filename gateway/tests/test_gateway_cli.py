@@ -36,7 +36,7 @@ def test_backends_lists_name_version_distribution_and_summary(capsys: pytest.Cap
     assert cli.main(["backends"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["NAME", "VERSION", "DISTRIBUTION", "STATUS", "SUMMARY"]
-    (echo,) = [row.split() for row in rows if row.startswith("echo")]
+    (echo,) = [row.split() for row in rows if row.startswith("echo ")]
     assert echo[:4] == ["echo", version("tgi-gateway"), "tgi-gateway", "ready"]
 
 
