@@ -16,7 +16,8 @@ class Slots:
         self.held: dict[int, int] = {}
         self.log: list[tuple[int, list[int]]] = []
 
-    def admit(self, slot: int, request: Request, output_ids: Seq[int]) -> None:
+    def admit(self, slot: int, request: Request, output_ids: Seq[int], constraint: object = None) -> None:
+        assert constraint is None
         assert slot not in self.held
         self.held[slot] = request.request_id
         self.log.append((request.request_id, list(output_ids)))

@@ -386,12 +386,12 @@ def test_random_broken_steps_never_leave_a_wrong_page(depth: int, seed: int) -> 
 
 def test_a_request_that_cannot_be_set_up_fails_alone() -> None:
     class Picky(ToyRunner):
-        def admit(self, slot: int, request: Request, output_ids: object) -> None:
+        def admit(self, slot: int, request: Request, output_ids: object, constraint: object = None) -> None:
             if request.request_id == 2:
                 raise Unsupported("no such grammar")
             if request.request_id == 3:
                 raise RuntimeError("/secret/path")
-            super().admit(slot, request, output_ids)  # type: ignore[arg-type]
+            super().admit(slot, request, output_ids, constraint)  # type: ignore[arg-type]
 
     runner = Picky()
     loop, ledger = make(runner)
@@ -407,10 +407,10 @@ def test_a_request_that_cannot_be_set_up_fails_alone() -> None:
 
 def test_requests_that_cannot_be_set_up_do_not_stand_in_the_way() -> None:
     class Picky(ToyRunner):
-        def admit(self, slot: int, request: Request, output_ids: object) -> None:
+        def admit(self, slot: int, request: Request, output_ids: object, constraint: object = None) -> None:
             if request.request_id < 10:
                 raise Unsupported("no such grammar")
-            super().admit(slot, request, output_ids)  # type: ignore[arg-type]
+            super().admit(slot, request, output_ids, constraint)  # type: ignore[arg-type]
 
     loop, ledger = make(Picky(max_sequences=2))
     for n in range(1, 11):

@@ -20,6 +20,8 @@ from tgi_model_server.engine import Engine, load_engine, prepare
 from tgi_model_server.loop import StepLoop
 from tgi_model_server.parallel import ALONE, Group, Shard
 from tgi_model_server.ranks import Followers, Leader
+from tgi_model_server.sampling.compiler import GrammarCompiler, Outcome
+from tgi_model_server.sampling.grammar import Constraint, Vocabulary
 from tgi_model_server.step import Runner
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class TorchBackend(Backend):
         self._engine: Engine | None = None
         self._followers: Followers | None = None
         self._loop: StepLoop | None = None
+        self._compiler: GrammarCompiler | None = None
         self._info: ModelInfo | None = None
         self._probe: _Probe | None = None
         self._probing = asyncio.Lock()
@@ -71,6 +74,8 @@ class TorchBackend(Backend):
         self._engine, self._followers, self._info = engine, followers, loaded.info
         loop = self._loop = StepLoop(loaded.runner, loaded.limits, engine.eos_token_ids, emit_without_probe)
         loop.start()
+        if "grammar" in self._capabilities.features:
+            self._compiler = self._start_compiler(loop, engine)
         if followers is not None:
 
             def lose(why: str) -> None:
@@ -85,19 +90,25 @@ class TorchBackend(Backend):
             refuse_unsupported(request, self._capabilities)
         except GatewayError as error:
             self._running_loop.submit(request, error)
-        else:
+            return
+        if request.sampling.grammar is None:
             self._running_loop.submit(request)
+        else:
+            assert self._compiler is not None, "start() comes first"
+            self._compiler.submit(request)
 
     def cancel(self, request_id: int) -> None:
-        self._running_loop.cancel(request_id)
+        if self._compiler is None or not self._compiler.cancel(request_id):
+            self._running_loop.cancel(request_id)
 
     def capacity(self) -> Capacity:
         loop, info = self._running_loop, self._info
         assert info is not None
         load = loop.load
+        compiling = 0 if self._compiler is None else self._compiler.waiting
         return Capacity(
             max_sequences=info.max_sequences,
-            free_sequences=max(info.max_sequences - load.running - load.waiting, 0),
+            free_sequences=max(info.max_sequences - load.running - load.waiting - compiling, 0),
             total_kv_tokens=info.max_batch_total_tokens,
             free_kv_tokens=min(load.available_pages * loop.limits.page_size, info.max_batch_total_tokens),
             preemptions=loop.stats.preemptions,
@@ -119,8 +130,11 @@ class TorchBackend(Backend):
 
     async def stop(self, drain_s: float) -> None:
         async with self._stopping:
+            drained_s = time.monotonic() + drain_s
+            if self._compiler is not None:
+                await asyncio.to_thread(self._compiler.stop, drain_s)
             if self._loop is not None:
-                await asyncio.to_thread(self._loop.stop, drain_s)
+                await asyncio.to_thread(self._loop.stop, max(drained_s - time.monotonic(), 0.0))
             if self._engine is not None:
                 await asyncio.to_thread(_close, self._engine, self._followers)
                 self._engine = self._followers = None
@@ -129,6 +143,19 @@ class TorchBackend(Backend):
     def _running_loop(self) -> StepLoop:
         assert self._loop is not None, "start() comes first"
         return self._loop
+
+    def _start_compiler(self, loop: StepLoop, engine: Engine) -> GrammarCompiler:
+        folder, vocab_size, eos_token_ids = self._options.model_path, engine.vocab_size, engine.eos_token_ids
+
+        def ready(request: Request, arrived_s: float, outcome: Outcome) -> None:
+            if isinstance(outcome, Constraint):
+                loop.submit(request, constraint=outcome, arrived_s=arrived_s)
+            else:
+                loop.submit(request, outcome)
+
+        compiler = GrammarCompiler(lambda: Vocabulary.load(folder, vocab_size, eos_token_ids), ready, loop.cancel)
+        compiler.start()
+        return compiler
 
     async def _generate_one(self, loop: StepLoop) -> None:
         """One token from one token, through everything that a request goes through."""

@@ -19,14 +19,17 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from tgi_gateway.errors import BackendFailed, GatewayError, ValidationError
-from tgi_gateway.types import Failed, FinishReason, Request, StepEvents
+from tgi_gateway.types import Failed, Finished, FinishReason, Request, StepEvents, Usage
 from tgi_model_server.kv.pages import PageAllocator
 from tgi_model_server.kv.prefix import Node, PrefixCache
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 from tgi_model_server.sequence import Sequence
+
+if TYPE_CHECKING:
+    from tgi_model_server.sampling.grammar import Constraint
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,9 @@ Verdict = Literal["entered", "full", "later", "failed"]
 class SlotState(Protocol):
     """The part of a Runner that holds per-sequence state; see `step.Runner`."""
 
-    def admit(self, slot: int, request: Request, output_ids: Seq[int]) -> None: ...
+    def admit(
+        self, slot: int, request: Request, output_ids: Seq[int], constraint: Constraint | None = None
+    ) -> None: ...
 
     def release(self, slot: int) -> None: ...
 
@@ -140,7 +145,7 @@ class Batcher:
         idle = self.prefix.idle_pages if self.prefix is not None else 0
         return self.pages.free_pages + idle + sum(len(limbo.pages) for limbo in self._limbo)
 
-    def add(self, request: Request, arrived_s: float) -> None:
+    def add(self, request: Request, arrived_s: float, constraint: Constraint | None = None) -> None:
         """Queue the request, or tell by an event why it can never run."""
         request_id = request.request_id
         try:
@@ -155,7 +160,7 @@ class Batcher:
             self.refuse(request_id, error)
             return
         rank = (request.priority, self._arrivals)
-        sequence = Sequence(request, rank, arrived_s, tokens, self._stops(request))
+        sequence = Sequence(request, rank, arrived_s, tokens, self._stops(request), constraint)
         self._arrivals += 1
         self._open[request_id] = sequence
         insort(self._waiting, sequence, key=_rank)
@@ -163,6 +168,10 @@ class Batcher:
     def refuse(self, request_id: int, error: GatewayError) -> None:
         """Tell that a request was not taken."""
         self._events.failed.append(Failed(request_id, error.error_type, error.detail))
+
+    def withdraw(self, request: Request) -> None:
+        """Tell that a request was cancelled before it came here."""
+        self._events.finished.append(Finished(request.request_id, "cancelled", Usage(len(request.input_ids), 0)))
 
     def cancel(self, request_id: int) -> None:
         """End the request with `cancelled`; an unknown id has ended already."""
@@ -211,13 +220,17 @@ class Batcher:
             step.rows[row].prompt_logprobs.extend(result.prompt_logprobs[row])
         events = self._events
         request_ids, token_ids, logprobs = events.request_ids, events.token_ids, events.logprobs
-        ended: list[tuple[Sequence, FinishReason]] = []
+        ended: list[tuple[Sequence, FinishReason | GatewayError]] = []
         surplus = 0
         for index, (sequence, token, logprob) in enumerate(
             zip(step.sampled, result.token_ids, result.logprobs, strict=True)
         ):
             if sequence.state == "finished":
                 surplus += 1
+                continue
+            if index in result.endings:
+                surplus += 1
+                ended.append((sequence, result.endings[index]))
                 continue
             tokens = sequence.tokens
             tokens.append(token)
@@ -234,7 +247,10 @@ class Batcher:
         self.stats.surplus_tokens += surplus
         for sequence, reason in ended:
             self._leave(sequence)
-            self._finish(sequence, reason)
+            if isinstance(reason, GatewayError):
+                self._fail(sequence, reason)
+            else:
+                self._finish(sequence, reason)
         self._empty_limbo()
 
     def fail(self, steps: Iterable[Step], error: GatewayError) -> None:
@@ -422,9 +438,9 @@ class Batcher:
     def _prepare_slot(self, sequence: Sequence) -> bool:
         slot = self._free_slots[-1]
         try:
-            self._slots.admit(slot, sequence.request, sequence.output_ids)
+            self._slots.admit(slot, sequence.request, sequence.output_ids, sequence.constraint)
         except Exception as error:
-            # Only this request is concerned, for instance by a grammar that does not compile.
+            # Only this request is concerned.
             if isinstance(error, GatewayError):
                 self._fail(sequence, error)
             else:
@@ -553,10 +569,12 @@ class Batcher:
 
     def _stops(self, request: Request) -> dict[int, FinishReason]:
         stop = request.stop
+        # A constrained answer gets an end-of-sequence that it ignores only where nothing else can follow.
+        ignore_eos = stop.ignore_eos and request.sampling.grammar is None
         if not stop.stop_token_ids:
-            return {} if stop.ignore_eos else self._eos
+            return {} if ignore_eos else self._eos
         stops: dict[int, FinishReason] = dict.fromkeys(stop.stop_token_ids, "stop_sequence")
-        if not stop.ignore_eos:
+        if not ignore_eos:
             stops.update(self._eos)
         return stops
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from tgi_gateway.backend import EngineOptions
-from tgi_gateway.types import NO_LOGPROB, Request
+from tgi_gateway.errors import GatewayError
+from tgi_gateway.types import NO_LOGPROB, FinishReason, Request
 from tgi_model_server.buckets import choose_bucket, pad_plan
 from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, StepLimits
 from tgi_model_server.kv.pool import PagePool
@@ -16,6 +17,7 @@ from tgi_model_server.models.config import ModelConfig, find_eos, load_config
 from tgi_model_server.models.registry import Model, build_model
 from tgi_model_server.parallel import ALONE, Group, Shard
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
+from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.sampler import Sampled, Sampler
 from tgi_model_server.sampling.watermark import Watermark
 from tgi_model_server.sizing import attention_shape, compute_dtype, num_pages, refuse_unsupported, step_limits
@@ -96,10 +98,12 @@ class Engine:
     def device_name(self) -> str:
         return self._device.name
 
-    def admit(self, slot: int, request: Request, output_ids: Sequence[int]) -> None:
+    def admit(
+        self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
         assert self._sampler is not None, "rank 0 knows the requests"
         with torch.inference_mode():
-            self._sampler.admit(slot, request, output_ids)
+            self._sampler.admit(slot, request, output_ids, constraint)
 
     def release(self, slot: int) -> None:
         assert self._sampler is not None, "rank 0 knows the requests"
@@ -107,20 +111,31 @@ class Engine:
 
     def run(self, plan: StepPlan) -> EngineOutput:
         with torch.inference_mode():
-            bucket = choose_bucket(plan, self._captured) if self._captured else None
-            if bucket is None:
-                logits, hidden = self._forward(self._input(plan))
-            else:
-                padded = self._input(pad_plan(plan, bucket, self.page_size), sampled=bucket.num_rows)
-                logits, hidden = self._captured[bucket](padded)
+            pending = self._sampler.begin(plan) if self._sampler is not None else None
+            try:
+                logits, hidden = self._logits(plan)
+            finally:
+                masks = pending() if pending is not None else None
             rows = len(plan.sample_rows)
-            sampled = self._sampler.sample(logits[:rows], plan) if rows and self._sampler is not None else None
-            return EngineOutput(rows, sampled, self._prompt_logprobs(plan, hidden))
+            sampled = self._sampler.sample(logits[:rows], plan, masks) if rows and self._sampler is not None else None
+            prompt_logprobs = self._prompt_logprobs(plan, hidden)
+            output = EngineOutput(rows, sampled, prompt_logprobs, {} if masks is None else masks.endings)
+            if masks is not None and self._sampler is not None:
+                self._sampler.sampled(plan, output)
+            return output
 
     def close(self) -> None:
         """Give the memory back and leave the group; nothing may be called afterwards."""
         self._group.close()
         del self._kv, self._model, self._sampler, self._captured
+
+    def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model, in the smallest captured form that fits."""
+        bucket = choose_bucket(plan, self._captured) if self._captured else None
+        if bucket is None:
+            return self._forward(self._input(plan))
+        padded = self._input(pad_plan(plan, bucket, self.page_size), sampled=bucket.num_rows)
+        return self._captured[bucket](padded)
 
     def _forward(self, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self._model.forward(step, self._kv)
@@ -194,17 +209,31 @@ class Engine:
 class EngineOutput:
     """A started step. Implements `step.StepOutput`."""
 
-    def __init__(self, rows: int, sampled: Sampled | None, prompt_logprobs: dict[int, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        rows: int,
+        sampled: Sampled | None,
+        prompt_logprobs: dict[int, torch.Tensor],
+        endings: dict[int, FinishReason | GatewayError],
+    ) -> None:
         self._rows = rows
         self._sampled = sampled
         self._prompt_logprobs = prompt_logprobs
+        self._endings = endings
+        self._result: StepResult | None = None
 
     def wait(self) -> StepResult:
+        if self._result is None:
+            self._result = self._read()
+        return self._result
+
+    def _read(self) -> StepResult:
         prompt_logprobs = {row: values.tolist() for row, values in self._prompt_logprobs.items()}
         sampled = self._sampled
         if sampled is None:
             return StepResult([], [], prompt_logprobs=prompt_logprobs)
-        result = StepResult(sampled.tokens.tolist(), [NO_LOGPROB] * self._rows, prompt_logprobs=prompt_logprobs)
+        tokens: list[int] = sampled.tokens.tolist()
+        result = StepResult(tokens, [NO_LOGPROB] * self._rows, prompt_logprobs=prompt_logprobs, endings=self._endings)
         if sampled.logprobs is not None:
             for index, value in zip(sampled.scored, sampled.logprobs.tolist(), strict=True):
                 result.logprobs[index] = value

@@ -12,12 +12,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from tgi_gateway.errors import BackendFailed, GatewayError, IncompleteGeneration, Unhealthy
 from tgi_gateway.types import Failed, Request, StepEvents
 from tgi_model_server.batcher import Batcher, BatchLimits, BatchStats, Step
 from tgi_model_server.plan import StepResult
 from tgi_model_server.step import DeviceLost, Runner, StepOutput
+
+if TYPE_CHECKING:
+    from tgi_model_server.sampling.grammar import Constraint
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,17 @@ class Load:
     running: int
     waiting: int
     available_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """A request on its way into the batcher, or only to be told of its ending."""
+
+    request: Request
+    arrived_s: float
+    """time.monotonic()"""
+    ending: GatewayError | Literal["cancelled"] | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +81,8 @@ class StepLoop:
         self._emit = emit
         self._in_flight: deque[tuple[Step, StepOutput]] = deque()
         self._failures = 0
-        # From other threads: submissions with their time or with why they are refused, cancels as plain ids.
-        self._inbox: deque[tuple[Request, float | GatewayError] | int] = deque()
+        # From other threads; cancels as plain ids.
+        self._inbox: deque[_Submitted | int] = deque()
         self._wake = threading.Event()
         self._closed = threading.Event()
         """Nobody reads the inbox any more."""
@@ -81,10 +96,20 @@ class StepLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: Request, refused: GatewayError | None = None) -> None:
-        """Queue the request, or its refusal; its events follow from the loop's thread."""
+    def submit(
+        self,
+        request: Request,
+        ending: GatewayError | Literal["cancelled"] | None = None,
+        *,
+        constraint: Constraint | None = None,
+        arrived_s: float | None = None,
+    ) -> None:
+        """Queue the request, or only its ending; its events follow from the loop's thread.
+
+        `arrived_s`: time.monotonic() when it came, if it was kept somewhere meanwhile.
+        """
         now_s = time.monotonic()
-        self._inbox.append((request, refused or now_s))
+        self._inbox.append(_Submitted(request, now_s if arrived_s is None else arrived_s, ending, constraint))
         if not self._wake.is_set():
             self.last_progress_s = now_s
             self._wake.set()
@@ -184,11 +209,12 @@ class StepLoop:
             if isinstance(item, int):
                 self.batcher.cancel(item)
                 continue
-            request, arrived = item
-            if isinstance(arrived, GatewayError):
-                self.batcher.refuse(request.request_id, arrived)
+            if item.ending is None:
+                self.batcher.add(item.request, item.arrived_s, item.constraint)
+            elif item.ending == "cancelled":
+                self.batcher.withdraw(item.request)
             else:
-                self.batcher.add(request, arrived)
+                self.batcher.refuse(item.request.request_id, item.ending)
         self._note_load()  # now: the next step may take long
 
     def _note_load(self) -> None:
@@ -270,6 +296,6 @@ class StepLoop:
             while self._inbox:
                 item = self._inbox.popleft()
                 if not isinstance(item, int):
-                    failed.append(Failed(item[0].request_id, Unhealthy.error_type, "the engine has stopped"))
+                    failed.append(Failed(item.request.request_id, Unhealthy.error_type, "the engine has stopped"))
             if failed:
                 self._emit(StepEvents(failed=failed))

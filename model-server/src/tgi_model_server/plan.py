@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tgi_gateway.errors import GatewayError
+from tgi_gateway.types import FinishReason
+
 PREVIOUS_TOKEN = -1
 """In `StepPlan.token_ids`: the token that this row's slot sampled last; its value may still be on the device."""
 
@@ -71,3 +74,5 @@ class StepResult:
     """Index into `token_ids` -> most likely tokens with log-probabilities, most likely first."""
     prompt_logprobs: dict[int, list[float]] = field(default_factory=dict)
     """Row -> log-probabilities of `StepPlan.prompt_targets`."""
+    endings: dict[int, FinishReason | GatewayError] = field(default_factory=dict)
+    """Index into `token_ids` -> how that row's request ends here; its token counts for nothing."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tgi_gateway.types import NO_LOGPROB, Finished, FinishReason, Request, Usage
 from tgi_model_server.kv.prefix import Node
+
+if TYPE_CHECKING:
+    from tgi_model_server.sampling.grammar import Constraint
 
 State = Literal["waiting", "running", "finished"]
 
@@ -26,6 +29,8 @@ class Sequence:
     """Prompt and output as far as the host knows them."""
     stops: Mapping[int, FinishReason]
     """Tokens that end the request."""
+    constraint: Constraint | None = None
+    """What its grammar allows; for the Runner, which moves it on."""
     prompt_len: int = 0
     length: int = 0
     """Tokens including those that steps in flight will add: ``len(tokens)`` once these are done."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from tgi_gateway.types import Request
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from tgi_model_server.sampling.grammar import Constraint
 
 __all__ = [
     "PREVIOUS_TOKEN",
@@ -51,6 +54,7 @@ class StepOutput(Protocol):
         """Block until the step is done and its results are on the host.
 
         An error ends every request of this step and of the steps started after it; `DeviceLost` ends the engine.
+        May be called again, with the same outcome.
         """
         ...
 
@@ -76,8 +80,12 @@ class Runner(Protocol):
         """Steps that may be in flight; 1 means `run` returns a finished step."""
         ...
 
-    def admit(self, slot: int, request: Request, output_ids: Sequence[int]) -> None:
+    def admit(
+        self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
         """Set up the slot's sampling state; `output_ids` is what it had generated before a preemption.
+
+        `constraint` is what was made of the request's grammar.
 
         An error fails this request alone: a `GatewayError` with its own text, anything else as a failed generation.
         """

@@ -12,7 +12,7 @@ from tgi_gateway.hooks import hookimpl
 # comes with other libraries, which nobody has measured.
 _EXACT = platform.machine().lower() in ("x86_64", "amd64")
 CAPABILITIES = Capabilities(
-    features=ALL_FEATURES - {"grammar", "lora"},
+    features=ALL_FEATURES - {"lora"},
     prefix_cache=True,
     batch_invariant=_EXACT,
     tolerance=0.0 if _EXACT else 0.05,

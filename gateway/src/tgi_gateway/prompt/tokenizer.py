@@ -133,6 +133,11 @@ class Tokenizer:
         """An incremental decoder of the tokens that follow `prompt_ids`; special tokens are no text."""
         return make_decoder(self._table, self.decode, prompt_ids, self.special_texts)
 
+    def to_json(self) -> str:
+        """The tokenizer as one document, with every special token that the folder's other files name."""
+        document: str = self._inner.to_str()
+        return document
+
     def token_text(self, token_id: int) -> str:
         """One token as it reads within a text: its space kept, half characters as U+FFFD, special tokens by name."""
         special = self.special_texts.get(token_id)

@@ -12,9 +12,12 @@ from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import Request
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.sampling import filters
+from tgi_model_server.sampling.grammar import Constraint
+from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.penalties import TokenCounts
 from tgi_model_server.sampling.uniform import uniform
 from tgi_model_server.sampling.watermark import Watermark
+from tgi_model_server.step import StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,16 @@ class Sampler:
         self._slots: dict[int, _Slot] = {}
         self._counts = TokenCounts(max_sequences, vocab_size, device)
         self._watermark = watermark or Watermark(vocab_size, 0.5, 2.0)
+        self._masks = Masks(overlap=peek)
         self._batch: _Batch | None = None
         self.last_tokens = torch.zeros(max_sequences, dtype=torch.int64, device=device)
         """int64 [max_sequences]: what each slot sampled last."""
 
-    def admit(self, slot: int, request: Request, output_ids: Sequence[int]) -> None:
-        """Raises `ValidationError` for token ids that the vocabulary lacks."""
+    def admit(
+        self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
+        """Raises `ValidationError` for token ids that the vocabulary lacks, and for a grammar at its limits."""
+        assert (constraint is None) == (request.sampling.grammar is None), "a grammar is compiled before it comes here"
         sampling = request.sampling
         for what, ids in (
             ("logit_bias", [token for token, _ in sampling.logit_bias]),
@@ -84,6 +91,8 @@ class Sampler:
         ):
             if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
                 raise ValidationError(f"{what} holds a token id outside 0 .. {self._vocab_size - 1}.")
+        if constraint is not None:
+            self._masks.admit(slot, constraint, request, output_ids)
         penalized = (
             sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
         )
@@ -106,9 +115,18 @@ class Sampler:
 
     def release(self, slot: int) -> None:
         self._slots.pop(slot, None)
+        self._masks.release(slot)
         self._batch = None
 
-    def sample(self, logits: torch.Tensor, plan: StepPlan) -> Sampled:
+    def begin(self, plan: StepPlan) -> PendingMasks | None:
+        """Before the forward pass of `plan`: start what its sampling needs from the host. See `Masks.begin`."""
+        return self._masks.begin(plan)
+
+    def sampled(self, plan: StepPlan, output: StepOutput) -> None:
+        """After `plan` was sampled: `output` is where its tokens will be."""
+        self._masks.sampled(plan, output)
+
+    def sample(self, logits: torch.Tensor, plan: StepPlan, masks: RowMasks | None = None) -> Sampled:
         """Choose a token for each of `plan.sample_rows`; float32 logits [sampled rows, vocabulary] are overwritten."""
         slots = [plan.slots[row] for row in plan.sample_rows]
         batch = self._batch
@@ -117,6 +135,8 @@ class Sampler:
         raw = logits.index_select(0, batch.scored_rows).log_softmax(-1) if batch.scored else None
         if batch.penalized is not None or batch.biased or batch.watermarked or not all(plan.allow_eos):
             self._process(logits, batch, plan)
+        if masks is not None:
+            masks.apply(logits)
         tokens = self._choose(logits, batch, plan.output_lens)
         self.last_tokens.index_copy_(0, batch.slot_ids, tokens)
         if batch.penalized is not None:
@@ -141,9 +161,8 @@ class Sampler:
                 logits.index_select(0, part.rows), part.slot_ids, part.repetition, part.frequency, part.presence
             )
             logits.index_copy_(0, part.rows, penalized)
-        # Grammar masks go here: after the penalties, before the temperature.
         for row, (slot, allowed) in enumerate(zip(batch.slots, plan.allow_eos, strict=True)):
-            if not allowed:
+            if not allowed and slot not in self._masks:  # masks know what may end their answer
                 logits[row].index_fill_(0, self._slots[slot].forbidden_early, -math.inf)
 
     def _choose(self, logits: torch.Tensor, batch: _Batch, output_lens: Sequence[int]) -> torch.Tensor:

@@ -112,7 +112,8 @@ class ToyRunner:
     def __post_init__(self) -> None:
         self._store = [_mix(7, cell) for cell in range(self.num_pages * self.page_size)]
 
-    def admit(self, slot: int, request: Request, output_ids: Sequence[int]) -> None:
+    def admit(self, slot: int, request: Request, output_ids: Sequence[int], constraint: object = None) -> None:
+        assert constraint is None, "a toy has no words"
         assert slot not in self._admitted
         self._admitted.add(slot)
         state = _Slot(request, list(output_ids))
