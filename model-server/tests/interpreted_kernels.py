@@ -1,0 +1,488 @@
+"""Every kernel against the reference, in Triton's interpreter; `test_kernels` runs this file in another process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import pytest
+import torch
+
+from tgi_contract_tests.device import DeviceContract
+from tgi_model_server.buckets import pad_plan
+from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, KVLayout, StepLimits
+from tgi_model_server.kernels.decode import choose_splits
+from tgi_model_server.kernels.launch import Tuning, interpreted
+from tgi_model_server.kernels.ops import TritonOps
+from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
+from tgi_model_server.kernels.rope import HeadNorms
+from tgi_model_server.plan import StepPlan
+from tgi_model_server.reference import ReferenceOps, reference_plan
+from tgi_model_server.sampling import filters
+from tgi_model_server.sampling.uniform import uniform
+from tgi_model_server.step import AttentionPlan, StepInput
+from tgi_model_server.testing.devices import ReferenceDevice
+
+assert interpreted(), "TRITON_INTERPRET=1 must be set before kernels are imported"
+
+CPU = torch.device("cpu")
+OPS, REFERENCE = TritonOps(), ReferenceOps()
+SMALL = Tuning(decode_keys=16, prefill_queries=16, prefill_keys=16, split_keys=32)
+"""Several tiles and splits on a few dozen keys."""
+MANY_CORES = 1000
+FOREIGN = 77.0
+"""What lies in a pool where no row reads."""
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter rounds to bfloat16 by cutting off.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+Rows = Sequence[tuple[int, int]]
+"""(new tokens, KV length)"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_numbers() -> Iterator[None]:
+    """Other numbers at every run; a failure shows the seed."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(params=DTYPES, ids=["float32", "bfloat16", "float16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    assert isinstance(request.param, torch.dtype)
+    return request.param
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """`wanted` is float32; errors are relative to its largest value."""
+    assert found.shape == wanted.shape
+    off = (found.float() - wanted).abs().max().item()
+    assert off <= TOLERANCES[found.dtype] * max(1.0, wanted.abs().max().item()), f"off by {off}"
+
+
+# Norms and activation.
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+@pytest.mark.parametrize("width", [1, 96, 1024, 1500])
+def test_rms_norm_of_rows_in_a_wider_tensor(dtype: torch.dtype, tokens: int, width: int) -> None:
+    x, weight = torch.randn(tokens, width + 5).to(dtype)[:, 3 : width + 3], torch.randn(width).to(dtype)
+    close(OPS.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x.float(), weight.float(), 1e-5))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8])
+def test_rms_norm_of_heads_inside_a_stacked_projection(dtype: torch.dtype, heads: int) -> None:
+    stacked, weight = torch.randn(7, heads + 2, 20).to(dtype), torch.randn(20).to(dtype)
+    x = stacked[:, 1 : heads + 1]
+    close(OPS.rms_norm(x, weight, 1e-6), REFERENCE.rms_norm(x.float(), weight.float(), 1e-6))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+def test_add_rms_norm_leaves_the_sum_in_the_residual(dtype: torch.dtype, tokens: int) -> None:
+    x, residual, weight = (torch.randn(*size).to(dtype) for size in ((tokens, 96), (tokens, 96), (96,)))
+    wanted = REFERENCE.add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
+    normed, total = OPS.add_rms_norm(x, residual, weight, 1e-5)
+    assert total is residual
+    close(normed, wanted[0])
+    close(residual, wanted[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("width", [1, 80, 1024, 1500])
+def test_silu_mul(dtype: torch.dtype, tokens: int, width: int) -> None:
+    gate_up = (torch.randn(tokens, 2 * width + 3) * 4).to(dtype)[:, : 2 * width]
+    close(OPS.silu_mul(gate_up), REFERENCE.silu_mul(gate_up.float()))
+
+
+def test_silu_of_a_very_negative_gate_is_zero_and_not_nan() -> None:
+    assert OPS.silu_mul(torch.tensor([[-1e4, 3.0]])).item() == 0.0
+
+
+def test_no_tokens_are_no_trouble() -> None:
+    assert OPS.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
+    assert OPS.silu_mul(torch.empty(0, 8)).shape == (0, 4)
+    assert OPS.argmax(torch.empty(0, 8)).shape == (0,)
+
+
+# Rope and the pools.
+
+
+def stacked_heads(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """q, k and v as views into one projection."""
+    projection = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+    return projection.view(tokens, -1, dim).split_with_sizes((heads, kv_heads, kv_heads), 1)
+
+
+def angles(tokens: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+    turns = torch.rand(tokens, half) * 100
+    return turns.cos(), turns.sin()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "half"), [(4, 2, 16, 8), (3, 1, 20, 10), (9, 9, 128, 16)])
+def test_rope_turns_whole_and_partial_heads(
+    dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, half: int
+) -> None:
+    q, k, _ = stacked_heads(tokens, heads, kv_heads, dim, dtype)
+    cos, sin = angles(tokens, half)
+    wanted = REFERENCE.rope(q.float(), k.float(), cos, sin)
+    for found, other in zip(OPS.rope(q, k, cos, sin), wanted, strict=True):
+        close(found, other)
+
+
+@pytest.mark.parametrize("order", ["NHD", "HND"])
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_rope_write_kv_is_norm_then_rope_then_write(
+    dtype: torch.dtype, order: Literal["NHD", "HND"], has_norms: bool
+) -> None:
+    shape, layout = AttentionShape(6, 3, 20, dtype, dtype), KVLayout(4, order)
+    plan = make_plan(4, [(1, 4), (5, 5), (4, 9)])
+    q, k, v = stacked_heads(plan.num_tokens, 6, 3, 20, dtype)
+    cos, sin = angles(plan.num_tokens, 8)
+    pools, theirs = make_pools(plan, shape, layout), make_pools(plan, shape, layout)
+    weights = (torch.randn(20).to(dtype), torch.randn(20).to(dtype))
+    norms = HeadNorms(*weights, 1e-6) if has_norms else None
+    found = OPS.rope_write_kv(q, k, v, cos, sin, *pools, make_triton_plan(plan, shape, layout), norms)
+
+    wide_q, wide_k = q.float(), k.float()
+    if has_norms:
+        wide_q, wide_k = (
+            REFERENCE.rms_norm(heads, weight.float(), 1e-6)
+            for heads, weight in zip((wide_q, wide_k), weights, strict=True)
+        )
+    wide_q, wide_k = REFERENCE.rope(wide_q, wide_k, cos, sin)
+    wide = (theirs[0].float().clone(), theirs[1].float().clone())
+    REFERENCE.write_kv(wide_k, v.float(), *wide, reference_plan(plan, layout, CPU))
+    close(found, wide_q)
+    close(pools[0], wide[0])
+    assert torch.equal(pools[1].float(), wide[1])
+    untouched = wide[0] == theirs[0].float()
+    assert torch.equal(pools[0][untouched], theirs[0][untouched])
+
+
+def test_write_kv_converts_to_the_dtype_of_the_pool() -> None:
+    shape, layout = AttentionShape(2, 2, 16, torch.float32, torch.float16), KVLayout(4)
+    plan = make_plan(4, [(3, 7)])
+    _, k, v = stacked_heads(3, 2, 2, 16, torch.float32)
+    pools, theirs = make_pools(plan, shape, layout), make_pools(plan, shape, layout)
+    OPS.write_kv(k, v, *pools, make_triton_plan(plan, shape, layout))
+    REFERENCE.write_kv(k, v, *theirs, reference_plan(plan, layout, CPU))
+    for found, wanted in zip(pools, theirs, strict=True):
+        assert torch.equal(found, wanted)
+
+
+# Plans.
+
+
+def make_plan(page_size: int, rows: Rows) -> StepPlan:
+    """Rows on scattered pages of their own; page 0 is nobody's."""
+    needed = [-(-kv_len // page_size) for _, kv_len in rows]
+    pages = list(range(1, sum(needed) + 1))
+    random.Random(len(rows)).shuffle(pages)
+    starts = itertools.accumulate(needed, initial=0)
+    return StepPlan(
+        slots=list(range(len(rows))),
+        query_lens=[query_len for query_len, _ in rows],
+        kv_lens=[kv_len for _, kv_len in rows],
+        pages=[pages[start : start + count] for start, count in zip(starts, needed, strict=False)],
+        token_ids=[0] * sum(query_len for query_len, _ in rows),
+        sample_rows=list(range(len(rows))),
+        allow_eos=[True] * len(rows),
+        output_lens=[0] * len(rows),
+    )
+
+
+def make_pools(plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers at the rows' keys and values, FOREIGN ones everywhere else; the same at each call."""
+    pages = max(page for pages in plan.pages for page in pages) + 1
+    size = (pages, layout.page_size, shape.num_kv_heads, shape.head_dim)
+    generator = torch.Generator().manual_seed(1)
+    pools: list[torch.Tensor] = []
+    past = StepPlan(query_lens=plan.kv_lens, kv_lens=plan.kv_lens, pages=plan.pages, token_ids=[0] * sum(plan.kv_lens))
+    slots = torch.tensor(past.cache_slots(layout.page_size))
+    for _ in range(2):
+        pool = torch.full(size, -FOREIGN if pools else FOREIGN)
+        pool.flatten(0, 1)[slots] = torch.randn(len(slots), *size[2:], generator=generator)
+        pool = pool if layout.order == "NHD" else pool.transpose(1, 2).contiguous()
+        pools.append(pool.to(shape.kv_dtype))
+    return pools[0], pools[1]
+
+
+def make_triton_plan(
+    plan: StepPlan, shape: AttentionShape, layout: KVLayout, tuning: Tuning = SMALL, cores: int = MANY_CORES
+) -> TritonAttentionPlan:
+    return triton_plan(plan, shape, layout, device=CPU, cores=cores, tuning=tuning)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_plans_name_the_slots_that_the_step_names(page_size: int) -> None:
+    plan = make_plan(page_size, [(5, 5), (1, 16), (1, 17), (3, 33), (16, 16)])
+    shape, layout = AttentionShape(2, 1, 16, torch.float32, torch.float32), KVLayout(page_size)
+    made = make_triton_plan(plan, shape, layout)
+    assert made.cache_slots.tolist() == plan.cache_slots(page_size)
+    assert made.kv_lens.tolist() == [16, 17, 5, 33, 16], "rows with one new token come first"
+    assert made.decode_lens.tolist() == [16, 17]
+    fixed = FixedPlan(Bucket(5, plan.num_tokens), 40, shape, layout, device=CPU, cores=1, tuning=SMALL)
+    fixed.update(plan)
+    assert fixed.plan.cache_slots.tolist() == plan.cache_slots(page_size)
+    assert fixed.plan.decode_lens.tolist() == [0, 16, 17, 0, 0]
+
+
+def test_tiles_with_the_most_keys_come_first_and_each_new_token_has_one() -> None:
+    plan = make_plan(4, [(20, 20), (1, 50), (9, 90)])
+    shape = AttentionShape(2, 1, 16, torch.bfloat16, torch.bfloat16)
+    made = make_triton_plan(plan, shape, KVLayout(4))
+    covered = [(place, first) for place, first in made.tiles.tolist()]
+    assert covered == [(2, 8), (2, 0), (1, 16), (1, 8), (1, 0)], "tiles of 16 rows have 8 tokens of 2 heads"
+
+
+def test_a_fixed_plan_keeps_its_addresses_and_forgets_the_step_before() -> None:
+    shape, layout = AttentionShape(4, 2, 16, torch.float32, torch.float32), KVLayout(4)
+    fixed = FixedPlan(Bucket(4, 40), 128, shape, layout, device=CPU, cores=MANY_CORES, tuning=SMALL)
+    tables = (fixed.plan.page_table, fixed.plan.tiles, fixed.plan.cache_slots)
+    addresses = [table.data_ptr() for table in tables]
+    for rows in ([(30, 128), (1, 99)], [(1, 1), (1, 2), (3, 7)], [(1, 127), (1, 4), (1, 5)]):
+        plan = pad_plan(make_plan(4, rows), Bucket(4, 40), 4)
+        fixed.update(plan)
+        check_attention(plan, shape, layout, fixed.plan, tokens=sum(query_len for query_len, _ in rows))
+    tables = (fixed.plan.page_table, fixed.plan.tiles, fixed.plan.cache_slots)
+    assert addresses == [table.data_ptr() for table in tables]
+
+
+def test_a_fixed_plan_refuses_steps_that_are_not_of_its_size() -> None:
+    shape, layout = AttentionShape(4, 2, 16, torch.float32, torch.float32), KVLayout(4)
+    fixed = FixedPlan(Bucket(2, 2), 64, shape, layout, device=CPU, cores=1, tuning=SMALL)
+    with pytest.raises(ValueError, match="3 tokens in 1 rows"):
+        fixed.update(make_plan(4, [(3, 3)]))
+    with pytest.raises(ValueError, match="a row has 65 tokens"):
+        fixed.update(make_plan(4, [(1, 65), (1, 1)]))
+
+
+# Attention.
+
+
+def check_attention(
+    plan: StepPlan,
+    shape: AttentionShape,
+    layout: KVLayout,
+    planned: TritonAttentionPlan,
+    window: int | None = None,
+    tokens: int | None = None,
+    tuning: Tuning = SMALL,
+) -> None:
+    """Against the reference in float32, over pools with NaN behind each row's end; `tokens`: those before padding."""
+    q, _, _ = stacked_heads(plan.num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype)
+    k_pool, v_pool = (pool.masked_fill(pool.abs() == FOREIGN, float("nan")) for pool in make_pools(plan, shape, layout))
+    scale = shape.head_dim**-0.5
+    found = TritonOps(tuning).attention(q, k_pool, v_pool, planned, scale=scale, sliding_window=window)
+    wanted = REFERENCE.attention(
+        q.float(),
+        k_pool.float(),
+        v_pool.float(),
+        reference_plan(plan, layout, CPU),
+        scale=scale,
+        sliding_window=window,
+    )
+    close(found[:tokens], wanted[:tokens])
+
+
+PAGE = 8
+LENGTHS = [1, 7, PAGE, PAGE + 1, 3 * PAGE, 15 * PAGE + 3]
+
+
+WAYS: list[tuple[torch.dtype, Literal["NHD", "HND"], int | None]] = [
+    *((torch.float32, "NHD", window) for window in (None, 1, 17, 1000)),
+    (torch.float32, "HND", 17),
+    (torch.float32, "HND", None),
+    (torch.bfloat16, "NHD", None),
+    (torch.float16, "HND", 17),
+]
+
+
+@pytest.mark.parametrize(("dtype", "order", "window"), WAYS)
+@pytest.mark.parametrize("cores", [1, 10, MANY_CORES])
+def test_decode_at_all_lengths_in_any_number_of_splits(
+    dtype: torch.dtype, order: Literal["NHD", "HND"], window: int | None, cores: int
+) -> None:
+    shape, layout = AttentionShape(4, 2, 16, dtype, dtype), KVLayout(PAGE, order)
+    plan = make_plan(PAGE, [(1, length) for length in LENGTHS])
+    planned = make_triton_plan(plan, shape, layout, cores=cores)
+    assert planned.decode_splits == {1: 1, 10: 2, MANY_CORES: 4}[cores]
+    check_attention(plan, shape, layout, planned, window)
+
+
+@pytest.mark.parametrize(("dtype", "order", "window"), WAYS)
+def test_prefill_of_prompts_and_chunks_at_all_lengths(
+    dtype: torch.dtype, order: Literal["NHD", "HND"], window: int | None
+) -> None:
+    shape, layout = AttentionShape(4, 2, 16, dtype, dtype), KVLayout(PAGE, order)
+    rows = [(new, length) for length in LENGTHS for new in sorted({min(2, length), length, (length + 1) // 2})]
+    plan = make_plan(PAGE, rows)
+    check_attention(plan, shape, layout, make_triton_plan(plan, shape, layout), window)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 16), (6, 2, 20), (8, 1, 64), (20, 1, 16), (4, 4, 128)])
+@pytest.mark.parametrize("tuning", [SMALL, Tuning()], ids=["small tiles", "default tiles"])
+def test_attention_of_head_groups_and_sizes(heads: int, kv_heads: int, dim: int, tuning: Tuning) -> None:
+    shape, layout = AttentionShape(heads, kv_heads, dim, torch.float32, torch.float32), KVLayout(PAGE)
+    plan = make_plan(PAGE, [(5, 5), (1, 40), (9, 30), (1, 1)])
+    check_attention(plan, shape, layout, make_triton_plan(plan, shape, layout, tuning), tuning=tuning)
+
+
+def test_attention_of_very_large_scores_does_not_overflow() -> None:
+    shape, layout = AttentionShape(2, 1, 16, torch.float32, torch.float32), KVLayout(PAGE)
+    plan = make_plan(PAGE, [(1, 100), (20, 60)])
+    q = torch.randn(21, 2, 16) * 1e4
+    pools = make_pools(plan, shape, layout)
+    planned, theirs = make_triton_plan(plan, shape, layout), reference_plan(plan, layout, CPU)
+    found = TritonOps(SMALL).attention(q, *pools, planned, scale=1.0, sliding_window=None)
+    wanted = REFERENCE.attention(q, *pools, theirs, scale=1.0, sliding_window=None)
+    # A score of 1e5 carries an error of 1e-2, which the exponential sees: near ties differ, but nothing is infinite.
+    assert torch.isfinite(found).all()
+    assert ((found - wanted).abs() < 1e-2).float().mean() > 0.9
+
+
+def test_splits_fill_the_chip_and_no_more() -> None:
+    tuning = Tuning(max_splits=32, split_keys=256)
+    assert choose_splits(256, 8, 4096, 132, tuning) == 1
+    assert choose_splits(1, 8, 131072, 132, tuning) == 32
+    assert choose_splits(4, 8, 131072, 132, tuning) == 16
+    assert choose_splits(1, 8, 100, 132, tuning) == 1, "one split is no work to reduce"
+    assert choose_splits(0, 8, 100, 132, tuning) == 1
+
+
+# Sampling.
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 1024, 4096, 4097, 9001])
+def test_argmax_at_all_sizes(dtype: torch.dtype, vocabulary: int) -> None:
+    logits = torch.randn(5, vocabulary + 3).to(dtype)[:, :vocabulary]
+    assert OPS.argmax(logits).tolist() == [row.tolist().index(row.max().item()) for row in logits]
+
+
+def test_argmax_takes_the_first_of_equals_wherever_they_are() -> None:
+    logits = torch.zeros(4, 9001)
+    for row, places in enumerate([(8999, 9000), (4095, 4096), (1023, 1024, 5000), ()]):
+        logits[row, list(places)] = 1.0
+    assert OPS.argmax(logits).tolist() == [8999, 4095, 1023, 0]
+
+
+def test_argmax_stays_in_the_vocabulary_whatever_the_logits() -> None:
+    logits = torch.randn(3, 5000)
+    logits[0] = float("-inf")
+    logits[1, 4321] = float("nan")
+    logits[2] = float("nan")
+    assert OPS.argmax(logits).tolist() == [0, 4321, 0]
+    seeds = torch.arange(3)
+    assert OPS.sample(logits, torch.ones(3), seeds, seeds).tolist() == [0, 4321, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 300, 4097, 9001])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
+def test_sample_draws_what_the_reference_draws_but_for_rounding(vocabulary: int, spread: float) -> None:
+    rows = 24
+    logits = torch.randn(rows, vocabulary + 3)[:, :vocabulary] * spread
+    temperature = torch.rand(rows) * 1.5 + 0.1
+    draw = random.Random(int(torch.randint(1 << 31, (1,))))
+    seeds, indices = [draw.getrandbits(64) for _ in range(rows)], [draw.randrange(1 << 20) for _ in range(rows)]
+    numbers = torch.tensor([uniform(seed, index) for seed, index in zip(seeds, indices, strict=True)])[:, None].double()
+    found = OPS.sample(logits, temperature, signed(seeds), torch.tensor(indices))
+    wanted = filters.draw(logits / temperature[:, None], numbers)
+    reached = (logits.double() / temperature[:, None].double()).softmax(-1).cumsum(-1)
+    same = found == wanted
+    assert same.sum() >= rows - 2
+    # Where they differ the number lies within rounding of the border between the two tokens.
+    for row in (~same).nonzero()[:, 0].tolist():
+        border = reached[row, min(int(found[row]), int(wanted[row])) : max(int(found[row]), int(wanted[row]))]
+        assert (border - numbers[row]).abs().max() < 1e-6
+
+
+def test_sample_at_temperature_zero_is_greedy_beside_rows_that_are_drawn() -> None:
+    logits = torch.randn(4, 5000)
+    seeds = torch.arange(4)
+    found = OPS.sample(logits, torch.tensor([0.0, 1.0, -1.0, 1e-6]), seeds, seeds)
+    greedy = logits.argmax(-1)
+    assert [found[row].item() for row in (0, 2, 3)] == [greedy[row].item() for row in (0, 2, 3)]
+
+
+def test_sample_never_takes_a_token_that_is_ruled_out() -> None:
+    logits = torch.full((64, 9001), float("-inf"))
+    allowed = [5, 4095, 4096, 8999]
+    logits[:, allowed] = torch.rand(64, 4)
+    found = OPS.sample(logits, torch.ones(64), torch.arange(64), torch.zeros(64, dtype=torch.int64))
+    assert set(found.tolist()) == set(allowed), "64 draws of four likely tokens meet each"
+
+
+def test_sample_draws_tokens_as_often_as_they_are_likely() -> None:
+    rows = 120
+    probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    logits = probabilities.log().expand(rows, 4).contiguous()
+    seeds = torch.randint(-(2**62), 2**62, (rows,))
+    counts = OPS.sample(logits, torch.ones(rows), seeds, torch.arange(rows)).bincount(minlength=4)
+    error = (probabilities * (1 - probabilities) * rows).sqrt()
+    assert ((counts - probabilities * rows).abs() < 6 * error).all()
+
+
+def signed(numbers: Sequence[int]) -> torch.Tensor:
+    """The bits of unsigned 64-bit numbers."""
+    return torch.tensor([number - (1 << 64) if number >= 1 << 63 else number for number in numbers])
+
+
+# The contract of a device.
+
+
+class InterpretedDevice(ReferenceDevice):
+    """What a device of these kernels looks like: exact plans for free shapes, buffers that stay for its buckets."""
+
+    def __init__(self) -> None:
+        super().__init__(KVLayout(16), name="interpreted")
+        self.ops = OPS
+        self._limits: StepLimits | None = None
+        self._fixed: dict[tuple[Bucket, AttentionShape], FixedPlan] = {}
+
+    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> AttentionPlan:  # type: ignore[override]
+        bucket = Bucket(len(plan.slots), plan.num_tokens)
+        tuning, limits = OPS.tuning, self._limits
+        if limits is None or bucket not in self.buckets(limits):
+            return triton_plan(plan, shape, layout, device=CPU, cores=4, tuning=tuning)
+        fixed = self._fixed.get((bucket, shape))
+        if fixed is None:
+            fixed = FixedPlan(bucket, limits.max_kv_len, shape, layout, device=CPU, cores=4, tuning=tuning)
+            self._fixed[bucket, shape] = fixed
+        fixed.update(plan)
+        return fixed.plan
+
+    def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
+        self._limits = limits
+        rows = [1 << power for power in range((limits.max_rows - 1).bit_length() + 1)]
+        return [*(Bucket(count, count) for count in rows), Bucket(limits.max_rows + 1, limits.max_tokens)]
+
+    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
+        """As a graph would: it only ever reads the tensors of the example."""
+        del bucket
+
+        def replay(step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+            assert step.attention is example.attention
+            for kept, new in (
+                (example.input_ids, step.input_ids),
+                (example.positions, step.positions),
+                (example.last_token, step.last_token),
+            ):
+                kept.copy_(new)
+            return forward(example)
+
+        return replay
+
+
+class TestInterpretedDevice(DeviceContract):
+    longest = 100
+    dtypes = ("float32",)
+    head_dims = (16, 64)
+
+    def make_device(self) -> Device:
+        return InterpretedDevice()
