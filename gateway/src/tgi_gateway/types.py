@@ -6,7 +6,7 @@ All are frozen and hold only numbers, strings and tuples, so that they cross pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,16 @@ FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
 GrammarKind = Literal["json", "regex", "json_schema", "choice", "lark"]
 NO_LOGPROB = math.nan
 """Log-probability of a token whose request did not ask for it, and of a prompt's first token."""
+
+
+MAX_GRAMMAR_CHARACTERS: Mapping[GrammarKind, int] = {
+    "json": 1 << 17,
+    "json_schema": 1 << 17,
+    "choice": 1 << 17,
+    "regex": 1 << 15,
+    "lark": 1 << 15,
+}
+"""Of a grammar's source. Compilers recurse along references, and an engine sizes its stacks for so many."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,12 +28,27 @@ class GrammarBody(Struct, kw_only=True):
     """A constraint on the generated text. TGI's form keeps it in `value`, OpenAI's in `json_schema`."""
 
     type: Annotated[
-        Literal["json", "json_object", "regex", "json_schema", "text"], Meta(description="Kind of constraint.")
+        Literal["json", "json_object", "regex", "json_schema", "choice", "lark", "text"],
+        Meta(description="Kind of constraint."),
     ]
-    value: Annotated[Any, Meta(description="JSON schema (object or text), or regular expression.")] = UNSET
+    value: Annotated[
+        Any, Meta(description="JSON schema (object or text), regular expression, list of texts, or Lark grammar.")
+    ] = UNSET
     json_schema: Annotated[
         dict[str, Any] | None, Meta(description="OpenAI's form: an object with `schema`, optionally `name`.")
     ] = None
+
+
+class StructuredOutputs(Struct, kw_only=True):
+    """vLLM's form: exactly one constraint."""
+
+    json: Annotated[Any, Meta(description="JSON schema, object or text.")] = None
+    regex: Annotated[str | None, Meta(description="Regular expression.")] = None
+    choice: Annotated[list[str] | None, Meta(description="The answer is one of these.")] = None
+    grammar: Annotated[str | None, Meta(description="Lark or GBNF grammar.")] = None
+    json_object: Annotated[bool | None, Meta(description="Any JSON object.")] = None
+    structural_tag: Annotated[Any, Meta(description="Refused.")] = None
+    whitespace_pattern: Annotated[Any, Meta(description="Refused: there is at most one space between parts.")] = None
 
 
 class ParametersBody(Struct, kw_only=True):
@@ -88,7 +103,7 @@ class ParametersBody(Struct, kw_only=True):
     def __post_init__(self) -> None:
         _check_u64("seed", self.seed)
         if self.grammar is not None and (self.grammar.value is UNSET or self.grammar.type == "text"):
-            raise ValueError("`grammar` needs a `type` of json, regex or json_schema, and a `value`")
+            raise ValueError("`grammar` needs a `type` of json, regex, json_schema, choice or lark, and a `value`")
 
 
 class GenerateBody(Struct, kw_only=True):
@@ -204,6 +219,12 @@ class SamplingBody(Struct, kw_only=True):
     n: Annotated[Annotated[int, Meta(ge=1, le=2**32 - 1)] | None, Meta(description="Independent answers.")] = None
     stream: Annotated[bool | None, Meta(description="Answer with a stream of events.")] = False
     stream_options: StreamOptions | None = None
+    response_format: Annotated[GrammarBody | None, Meta(description="A constraint on the answer.")] = None
+    structured_outputs: Annotated[StructuredOutputs | None, Meta(description="The same in vLLM's form.")] = None
+    guided_json: Annotated[Any, Meta(description="JSON schema of the answer, object or text.")] = None
+    guided_regex: Annotated[str | None, Meta(description="Regular expression of the answer.")] = None
+    guided_choice: Annotated[list[str] | None, Meta(description="The answer is one of these.")] = None
+    guided_grammar: Annotated[str | None, Meta(description="Lark or GBNF grammar of the answer.")] = None
     user: Annotated[str | None, Meta(description="Accepted; this server keeps no record of users.")] = None
 
     def __post_init__(self) -> None:
@@ -219,7 +240,6 @@ class ChatBody(SamplingBody, kw_only=True):
     top_logprobs: Annotated[
         U32 | None, Meta(description="Tell the so many most likely tokens at each step; implies `logprobs`.")
     ] = None
-    response_format: Annotated[GrammarBody | None, Meta(description="A constraint on the answer.")] = None
     tools: Annotated[list[Tool] | None, Meta(description="Functions that the model may call.")] = None
     tool_choice: Annotated[
         str | NamedTool | None, Meta(description="`none`, `auto`, `required` or the function to call.")

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
@@ -19,6 +18,7 @@ from tgi_gateway.api import bodies
 from tgi_gateway.api.bodies import ChatBody, ImagePart, Message, SamplingBody, ToolCall
 from tgi_gateway.api.errors import OPENAI, BatchTooLarge
 from tgi_gateway.api.generation import Generation, Piece
+from tgi_gateway.api.grammars import constraint_of
 from tgi_gateway.api.serving import (
     FINGERPRINT,
     Answer,
@@ -30,7 +30,7 @@ from tgi_gateway.api.serving import (
     refuse_cancelled,
 )
 from tgi_gateway.api.stream import DONE, EventStream, unless_gone
-from tgi_gateway.api.tgi import SimpleToken, grammar_of, simple_tokens
+from tgi_gateway.api.tgi import SimpleToken, simple_tokens
 from tgi_gateway.errors import TemplateError, Unsupported, ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.chat_template import ChatTemplate
@@ -168,6 +168,7 @@ def sampling_of(services: Services, body: SamplingBody, *, logprobs: bool, top_l
         seed=None if body.seed is None else body.seed % 2**64,
         logprobs=logprobs,
         top_n_tokens=top_logprobs,
+        grammar=constraint_of(body),
         adapter_id=body.model if body.model in services.adapters else None,
     )
 
@@ -180,9 +181,7 @@ def parameters_of(services: Services, body: ChatBody) -> Parameters:
     if body.max_tokens is None:
         body.max_tokens = body.max_completion_tokens
     logprobs = wants_logprobs(body)
-    parameters = sampling_of(services, body, logprobs=logprobs, top_logprobs=body.top_logprobs if logprobs else None)
-    grammar = grammar_of(body.response_format)
-    return parameters if grammar is None else replace(parameters, grammar=grammar)
+    return sampling_of(services, body, logprobs=logprobs, top_logprobs=body.top_logprobs if logprobs else None)
 
 
 def refuse_unknown_wishes(body: ChatBody) -> None:

@@ -12,16 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tgi_gateway.api import bodies
-from tgi_gateway.api.bodies import CompatGenerateBody, GenerateBody, GrammarBody, ParametersBody
+from tgi_gateway.api.bodies import CompatGenerateBody, GenerateBody, ParametersBody
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.generation import Generation, Piece
+from tgi_gateway.api.grammars import grammar_of
 from tgi_gateway.api.serving import Answer, Call, Services, collect_all, number, quoted, refuse_cancelled
 from tgi_gateway.api.stream import EventStream, unless_gone
-from tgi_gateway.errors import ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
-from tgi_gateway.types import FinishReason, Grammar
+from tgi_gateway.types import FinishReason
 
 
 class PrefillToken(Struct):
@@ -86,33 +86,6 @@ class SimpleToken(Struct, kw_only=True):
     text: str
     start: int
     stop: int
-
-
-def grammar_of(body: GrammarBody | None) -> Grammar | None:
-    """TGI's and OpenAI's forms as one; the schema becomes text. Raises `ValidationError`."""
-    if body is None or body.type == "text":
-        return None
-    value: object = body.value
-    if body.type == "regex":
-        if not isinstance(value, str):
-            raise ValidationError("grammar is not valid: a regex must be a string")
-        return Grammar("regex", value)
-    if body.type == "json_schema":
-        described = body.json_schema if body.json_schema is not None else value
-        schema = described.get("schema") if isinstance(described, dict) else None
-        if not isinstance(schema, dict):
-            raise ValidationError("grammar is not valid: `json_schema` needs an object `schema`")
-        return Grammar("json_schema", msgspec.json.encode(schema).decode())
-    if value is UNSET:
-        value = {"type": "object"}
-    if isinstance(value, str):
-        try:
-            value = msgspec.json.decode(value)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise ValidationError(f"grammar is not valid: {error}") from None
-    if not isinstance(value, dict):
-        raise ValidationError("grammar is not supported")
-    return Grammar("json", msgspec.json.encode(value).decode())
 
 
 def parameters_of(body: ParametersBody) -> Parameters:

@@ -21,13 +21,11 @@ from llguidance.numpy import fill_next_token_bitmask
 
 from tgi_gateway.errors import ValidationError
 from tgi_gateway.prompt.tokenizer import Tokenizer
-from tgi_gateway.types import Grammar
+from tgi_gateway.types import MAX_GRAMMAR_CHARACTERS, Grammar
 
 Words: TypeAlias = npt.NDArray[np.int32]
 """One bit per token, the lowest first."""
 
-MAX_SOURCE_CHARACTERS = {"json": 1 << 17, "json_schema": 1 << 17, "choice": 1 << 17, "regex": 1 << 15, "lark": 1 << 15}
-"""The compiler recurses along references: its threads' stacks are sized for what fits into so many characters."""
 MAX_REASON_CHARACTERS = 400
 """Of what a client is told about a broken grammar."""
 
@@ -108,9 +106,9 @@ class Constraint:
 def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> LLMatcher:
     """A matcher at the start of `grammar`, its first mask computed once. Raises `ValidationError` with the reason.
 
-    Needs a stack of hundreds of megabytes: see `MAX_SOURCE_CHARACTERS`.
+    Needs a stack of hundreds of megabytes: see `MAX_GRAMMAR_CHARACTERS`.
     """
-    allowed, given = MAX_SOURCE_CHARACTERS[grammar.kind], len(grammar.source)
+    allowed, given = MAX_GRAMMAR_CHARACTERS[grammar.kind], len(grammar.source)
     if given > allowed:
         raise ValidationError(f"grammar is not valid: it has {given} characters; allowed are {allowed}")
     try:
