@@ -101,7 +101,7 @@ def test_forms_of_the_openai_routes(fields: dict[str, Any], meant: Grammar | Non
         ({"guided_json": "{"}, "grammar is not valid: "),
         ({"guided_regex": "a" * (MAX_GRAMMAR_CHARACTERS["regex"] + 1)}, "characters; allowed are"),
         ({"guided_json": {"description": "a" * MAX_GRAMMAR_CHARACTERS["json"]}}, "characters; allowed are"),
-        ({"guided_json": {"const": "\ud800"}}, "lone surrogate"),
+        ({"guided_json": '{"const": "\\ud800"}'}, "grammar is not valid: "),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "needs an object `schema`"),
     ],
 )
