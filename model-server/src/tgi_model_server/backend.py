@@ -203,7 +203,7 @@ class TorchBackend(Backend):
             device.join(shard)
             options = prepare(device, options, shard).options
             followers = Followers(self._device_factory, options)
-            undo.callback(followers.end)
+            undo.callback(followers.kill)
             group = followers.meet(device, shard)
             undo.callback(group.close)
         try:
@@ -211,7 +211,7 @@ class TorchBackend(Backend):
         except Exception as error:
             if followers is None or isinstance(error, StartError):
                 raise
-            raise followers.cause(error) from error
+            raise followers.cause() or error from error
         info = model_info(engine, options)
         runner: Runner = engine if followers is None else Leader(engine, followers)
         return _Loaded(engine, runner, group, followers, info, batch_limits(engine, info, options))

@@ -123,7 +123,7 @@ class TorchGroup(Group):
         rows, columns = x.shape
         parts = x.new_empty(self.world_size * rows, columns)
         self._gather(parts, x)
-        return parts.view(self.world_size, rows, columns).transpose(0, 1).reshape(rows, -1)
+        return parts.view(self.world_size, rows, columns).transpose(0, 1).reshape(rows, self.world_size * columns)
 
     def broadcast(self, x: torch.Tensor) -> None:
         dist.broadcast(x, src=0)

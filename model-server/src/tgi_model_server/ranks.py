@@ -56,6 +56,8 @@ class Followers:
         self._ending = False
         self._failure: StartError | None = None
         self._failed = threading.Event()
+        self._broken = False
+        """Some rank may never end by itself."""
         self._when_lost: Callable[[str], None] | None = None
         self._followers: list[_Follower] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -95,10 +97,15 @@ class Followers:
         """Every rank runs this next. Raises `OSError`."""
         write_plan(self._plans, plan, COLLECTIVE_TIMEOUT_S)
 
-    def cause(self, error: Exception) -> Exception:
-        """Why a step broke with `error`: most often because a rank has ended."""
-        self._failed.wait(NEWS_S)
-        return self._failure or error
+    def cause(self) -> StartError | None:
+        """Why an exchange broke, if it was because a rank has ended. Blocks until that would be known."""
+        if not self._failed.wait(NEWS_S):
+            self._broken = True
+        return self._failure
+
+    def lost(self) -> DeviceLost:
+        """What a broken step means: the ranks are no longer at the same place."""
+        return DeviceLost(str(self.cause() or f"a step broke on one of the {self._world_size} ranks or took too long"))
 
     def tell_to_stop(self) -> None:
         """They end after the steps that were sent."""
@@ -107,11 +114,16 @@ class Followers:
         while self._plans:
             os.close(self._plans.pop())
 
+    def kill(self) -> None:
+        """End them at once, wherever they are."""
+        self._broken = True
+        self.end()
+
     def end(self) -> None:
         """Returns when none of them runs any more. Idempotent."""
         self.tell_to_stop()
         self._listener.close()
-        deadline_s = time.monotonic() + (STOP_S if self._failure is None else 0.0)
+        deadline_s = time.monotonic() + (0.0 if self._broken or self._failure is not None else STOP_S)
         for follower in self._followers:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 follower.process.wait(max(deadline_s - time.monotonic(), 0.0))
@@ -227,7 +239,7 @@ class Leader:
             self._followers.send(plan)
             return _LeaderOutput(self._engine.run(plan), self._followers)
         except Exception as error:
-            raise DeviceLost(str(self._followers.cause(error))) from error
+            raise self._followers.lost() from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +253,7 @@ class _LeaderOutput:
         try:
             result = self.output.wait()
         except Exception as error:
-            raise DeviceLost(str(self.followers.cause(error))) from error
+            raise self.followers.lost() from error
         if self.followers.failure is not None:
             raise DeviceLost(str(self.followers.failure))  # an aborted exchange leaves anything in its tensors
         return result

@@ -98,3 +98,37 @@ def _doubling(first: int, last: int) -> list[int]:
     while out[-1] < last:
         out.append(out[-1] * 2)
     return out
+
+
+class SmallerOnRank1(ReferenceDevice):
+    """Of several ranks, the second has a sixteenth of the memory."""
+
+    def join(self, shard: Shard) -> None:
+        self.memory_bytes //= 16 if shard.rank == 1 else 1
+
+
+class BrokenOnRank1(ReferenceDevice):
+    """Of several ranks, the second has no memory at all, and fails rather than say so."""
+
+    def join(self, shard: Shard) -> None:
+        if shard.rank == 1:
+            self.memory_bytes = 0
+
+    def memory(self) -> MemoryFigures:
+        if not self.memory_bytes:
+            raise RuntimeError("no memory was found")
+        return super().memory()
+
+
+class HotOnRank1(ReferenceDevice):
+    """Of several ranks, the second breaks at the first sequence of 64 tokens."""
+
+    rank: int = 0
+
+    def join(self, shard: Shard) -> None:
+        self.rank = shard.rank
+
+    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> ReferencePlan:
+        if self.rank == 1 and max(plan.kv_lens) >= 64:
+            raise RuntimeError("the chip is too hot")
+        return super().plan_attention(plan, shape, layout)
