@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from tgi_gateway.errors import Unsupported
 from tgi_gateway.types import Request, StepEvents
@@ -152,6 +152,15 @@ class Backend(Protocol):
 
     async def stop(self, drain_s: float) -> None:
         """Finish open requests for up to `drain_s` seconds, fail the rest, free everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class ReportsLoss(Protocol):
+    """What a Backend may offer besides: to tell that its engine is gone for good. The server then ends."""
+
+    async def lost(self) -> str:
+        """Return why the engine can never generate again, once that is so and all its requests have ended."""
         ...
 
 

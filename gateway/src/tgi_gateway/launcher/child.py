@@ -68,8 +68,8 @@ class Reporter:
         os.write(self._fd, msgspec.json.encode(report) + b"\n")
 
 
-def run(main: Callable[[Assignment, Reporter], Awaitable[None]]) -> int:
-    """Read the assignment and run `main` in a uvloop event loop; returns the exit code."""
+def run(main: Callable[[Assignment, Reporter], Awaitable[int | None]]) -> int:
+    """Read the assignment and run `main` in a uvloop event loop; returns the exit code, `main`'s if it has one."""
     import uvloop
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
@@ -79,12 +79,12 @@ def run(main: Callable[[Assignment, Reporter], Awaitable[None]]) -> int:
     logs.configure_child(assignment.settings.log_level, assignment.process)
     _watch_launcher(assignment.runtime_folder)
 
-    async def awaited() -> None:
-        await main(assignment, reporter)
+    async def awaited() -> int:
+        return await main(assignment, reporter) or 0
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(awaited())
+            return runner.run(awaited())
     except GatewayError as error:
         reporter.failed(str(error), error.exit_code if isinstance(error, StartError) else 1)
         return 1
@@ -92,7 +92,6 @@ def run(main: Callable[[Assignment, Reporter], Awaitable[None]]) -> int:
         logger.exception("%s failed", assignment.process)
         reporter.failed(f"{type(error).__name__}: {error}", 1)
         return 1
-    return 0
 
 
 def stop_signal() -> asyncio.Event:

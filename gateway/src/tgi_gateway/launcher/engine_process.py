@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tgi_gateway import plugins
+from tgi_gateway.backend import Backend, ReportsLoss
 from tgi_gateway.errors import PluginError
 from tgi_gateway.host.dispatch import Dispatch
 from tgi_gateway.launcher import child
@@ -18,7 +21,7 @@ from tgi_gateway.wire.server import serve
 logger = logging.getLogger("tgi_gateway.launcher.engine")  # not __name__, which is __main__ here
 
 
-async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
+async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
     settings = assignment.settings
     plugin = plugins.load(settings.backend)
     missing = plugin.missing()
@@ -33,8 +36,26 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     logger.info("Engine ready", extra=logs.fields(**asdict(server.info)))
     told_to_stop = child.stop_signal()
     reporter.ready()
-    await told_to_stop.wait()
-    await server.stop(settings.graceful_termination_timeout)
+    why = await _loss(backend, told_to_stop)
+    if why is None:
+        await server.stop(settings.graceful_termination_timeout)
+        return 0
+    logger.error("The engine is lost: %s", why)
+    await server.stop(0.0)
+    return 1
+
+
+async def _loss(backend: Backend, told_to_stop: asyncio.Event) -> str | None:
+    """Why the engine can go on no longer; None when it was told to stop."""
+    if not isinstance(backend, ReportsLoss):
+        await told_to_stop.wait()
+        return None
+    stopping, losing = asyncio.create_task(told_to_stop.wait()), asyncio.create_task(backend.lost())
+    ends: list[asyncio.Task[Any]] = [stopping, losing]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    return None if stopping.done() and not stopping.cancelled() else losing.result()
 
 
 if __name__ == "__main__":
