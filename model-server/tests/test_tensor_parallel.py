@@ -193,12 +193,11 @@ async def test_a_killed_rank_ends_the_engine_and_every_open_request(folder: Path
 
 async def test_a_rank_killed_while_idle_is_noticed_without_a_request(folder: Path) -> None:
     async with serving(folder, ReferenceDevice) as client:
-        loop = client.backend._loop
-        assert loop is not None
+        losing = asyncio.create_task(client.backend.lost())
+        await client.run(greedy(1, prompts(1)[0], 8))
+        assert not losing.done()
         os.kill(client.pids[0], signal.SIGKILL)
-        await asyncio.to_thread(loop._thread.join, 30)
-        assert loop.failure is not None
-        assert "rank 1 of 2 was ended by SIGKILL" in loop.failure
+        assert "rank 1 of 2 was ended by SIGKILL" in await asyncio.wait_for(losing, 30)
 
 
 async def test_a_rank_that_breaks_ends_the_engine_with_its_own_words(folder: Path) -> None:

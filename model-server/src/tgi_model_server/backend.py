@@ -31,6 +31,7 @@ PROBE_ID = (1 << 64) - 1
 PROBE_TIMEOUT_S = 30.0
 STALL_S = 120.0
 """A busy engine that finished no step for so long is not healthy."""
+LOSS_POLL_S = 0.2
 WARM_UP_TOKENS = 32
 
 
@@ -127,6 +128,13 @@ class TorchBackend(Backend):
             return
         async with self._probing:
             await self._generate_one(loop)
+
+    async def lost(self) -> str:
+        """See `tgi_gateway.backend.ReportsLoss`."""
+        loop = self._running_loop
+        while loop.failure is None or not loop.ended:  # noqa: ASYNC110 - its thread knows of no event loop
+            await asyncio.sleep(LOSS_POLL_S)
+        return loop.failure
 
     async def stop(self, drain_s: float) -> None:
         async with self._stopping:
