@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from llguidance.numpy import fill_next_token_bitmask
 
 from tgi_gateway.errors import ValidationError
@@ -137,7 +137,8 @@ def _as_llguidance(grammar: Grammar) -> str:
                 raise ValueError("a JSON schema must be an object")
             return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
         case "regex":
-            return LLMatcher.grammar_from_regex(source)
+            # Digits of other scripts are hardly ever meant.
+            return LLMatcher.grammar_from_regex(regex_to_lark(source, use_ascii="d"))
         case "choice":
             choices = json.loads(source)
             if not isinstance(choices, list) or not choices or not all(isinstance(each, str) for each in choices):
@@ -145,7 +146,14 @@ def _as_llguidance(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_lark_text, choices)))
         case "lark":
             # vLLM's users write llama.cpp's dialect under the same name.
-            return LLMatcher.grammar_from_lark(any_to_lark(source) if "::=" in source else source)
+            return LLMatcher.grammar_from_lark(_from_gbnf(source) if "::=" in source else source)
+
+
+def _from_gbnf(source: str) -> str:
+    try:
+        return any_to_lark(source)
+    except GbnfToLarkError as error:
+        raise ValueError(str(error)) from None
 
 
 def _lark_text(text: str) -> str:
