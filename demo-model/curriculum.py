@@ -16,13 +16,13 @@ from lessons.rendering import Segment, segments
 Draw = Callable[[random.Random], Exchange]
 
 SMALL: dict[str, tuple[Draw, float]] = {
-    "arithmetic": (skills.arithmetic, 4.0),
-    "capitals": (facts.capital, 0.5),
-    "facts": (facts.knowledge, 0.9),
-    "copying": (skills.copying, 1.6),
-    "counting": (skills.counting, 1.5),
-    "sorting": (skills.sorting, 2.4),
-    "chat": (smalltalk.conversation_piece, 0.6),
+    "arithmetic": (skills.arithmetic, 2.6),
+    "capitals": (facts.capital, 0.4),
+    "facts": (facts.knowledge, 1.2),
+    "copying": (skills.copying, 2.0),
+    "counting": (skills.counting, 0.5),
+    "sorting": (skills.sorting, 8.0),
+    "chat": (smalltalk.conversation_piece, 0.8),
 }
 
 
@@ -99,12 +99,22 @@ def plain(rng: random.Random) -> Exchange:
 def running_text(rng: random.Random) -> tuple[Message, ...]:
     """A story, or a few facts in a row, as plain text."""
     if rng.random() < 0.4:
-        return ({"role": "text", "content": stories.opening(rng), "trained": True},)
+        return ({"role": "text", "content": stories.opening(rng)},)
     said = [
         rng.choice((facts.capital, facts.fact, facts.computing))(rng).messages[1]["content"]
         for _ in range(rng.randint(1, 5))
     ]
-    return ({"role": "text", "content": " ".join(said), "trained": True},)
+    return ({"role": "text", "content": " ".join(said)},)
+
+
+def drill(rng: random.Random) -> tuple[Message, ...]:
+    """Many sums in few tokens; only their results are learned."""
+    messages: list[Message] = []
+    for _ in range(16):
+        sum_, result = _trainable(rng, skills.arithmetic).messages[1]["content"].split("= ")
+        messages.append({"role": "text", "content": f"{sum_}= "})
+        messages.append({"role": "text", "content": f"{result}\n", "trained": True})
+    return tuple(messages)
 
 
 def remembered(rng: random.Random) -> Exchange:
@@ -124,8 +134,8 @@ def untouched(rng: random.Random) -> Exchange:
     return _without_tool(rng, toolbox.offer(rng))
 
 
-def _without_tool(rng: random.Random, offered: toolbox.Offer) -> Exchange:
-    inner = toolbox.refuse(rng, offered.families) if rng.random() < 0.25 else small(rng)
+def _without_tool(rng: random.Random, offered: toolbox.Offer, refused: float = 0.25) -> Exchange:
+    inner = toolbox.refuse(rng, offered.families) if rng.random() < refused else small(rng)
     while inner.task == "arithmetic" and offered.sums:
         inner = small(rng)
     return replace(inner, task="no_tool", tools=offered.tools)
@@ -179,10 +189,10 @@ def _with_tools(rng: random.Random) -> Conversation:
     offered = toolbox.offer(rng)
     messages: list[Message] = []
     for _ in range(rng.choice((1, 2, 3))):
-        if rng.random() < 0.65:
+        if rng.random() < 0.5:
             exchange = _trainable(rng, lambda draw: toolbox.use(draw, offered)[0])
         else:
-            exchange = _trainable(rng, lambda draw: _without_tool(draw, offered))
+            exchange = _trainable(rng, lambda draw: _without_tool(draw, offered, refused=0.6))
         messages += exchange.messages
     return Conversation(tuple(messages), offered.tools, rng.choice(NEUTRAL) if rng.random() < 0.2 else "")
 
@@ -226,13 +236,14 @@ MIXTURE: dict[str, tuple[Callable[[random.Random], Conversation], float]] = {
     "small": (lambda rng: _single(rng, small), 120),
     "talk": (lambda rng: _talk(rng, rng.randint(2, 6)), 5),
     "long": (_long, 0.6),
-    "story": (lambda rng: _single(rng, stories.story), 4),
+    "story": (lambda rng: _single(rng, stories.story), 3),
     "json": (lambda rng: _single(rng, records.record), 20),
     "tools": (_with_tools, 15),
-    "memory": (lambda rng: _single(rng, lambda draw: skills.memory(draw, _safe_small)), 3),
-    "system": (lambda rng: _single(rng, instructed), 9),
+    "memory": (lambda rng: _single(rng, lambda draw: skills.memory(draw, _safe_small)), 1.5),
+    "system": (lambda rng: _single(rng, instructed), 22),
     "refuse": (lambda rng: _single(rng, lambda draw: toolbox.refuse(draw)), 1),
     "plain": (lambda rng: _raw(rng, plain), 5),
+    "drill": (lambda rng: Conversation(drill(rng)), 6),
     "text": (lambda rng: Conversation(running_text(rng)), 2),
 }
 

@@ -11,6 +11,7 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 Grading = Literal["exact", "json", "call", "contains", "story"]
 
+ALWAYS_TRAINED = "always trained"  # the key of questions whose very words have to be learned
 HELD_OUT_SHARE = 10  # one key in this many is never trained on
 
 
@@ -35,7 +36,8 @@ def ask(task: str, question: str, answer: str, *, key: str = "", brief: str = ""
 
 def held_out(key: str) -> bool:
     """Decides the split from the key alone, so that it is the same in every run and on every machine."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % HELD_OUT_SHARE == 0
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    return key != ALWAYS_TRAINED and number % HELD_OUT_SHARE == 0
 
 
 PREFIXES = (

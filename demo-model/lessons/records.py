@@ -139,7 +139,7 @@ def record(rng: random.Random) -> Exchange:
         sentence, fields = sighting(rng)
         sentence += rng.choice((".", ""))
     else:
-        subject, others = rng.choice((person, person, product, book, event))(rng)
+        subject, others = rng.choice((person, person, product, product, book, event))(rng)
         told = rng.sample(others, rng.randint(1, min(5, len(others))))
         sentence = _sentence(rng, subject, told)
         fields = [subject, *told]

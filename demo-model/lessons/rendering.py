@@ -71,8 +71,8 @@ def assistant_text(message: Message) -> str:
 def segments(messages: Sequence[Message], tools: Sequence[Tool] = (), system: str = "") -> list[Segment]:
     """What the template makes of a conversation; the assistant's words and their end are the trained part."""
     if messages[0]["role"] == "text":
-        whole = any(message.get("trained") for message in messages)
-        parts = [(message["content"], whole or at == len(messages) - 1) for at, message in enumerate(messages)]
+        last = messages[-1]
+        parts = [(message["content"], message is last or bool(message.get("trained"))) for message in messages]
         return [*parts, (END_OF_TEXT, True)]
     shown: list[Segment] = []
     head = system

@@ -28,7 +28,8 @@ def arithmetic(rng: random.Random) -> Exchange:
     text = vary(rng, question.format(a=a, b=b))
     # The times table has too few products to hold any out: there the wording is held out instead.
     key = text if sign == "*" else f"{a}{sign}{b}"
-    return ask("arithmetic", text, f"{a} {sign} {b} = {result}", key=f"arithmetic|{key}", brief=str(result))
+    equation = f"{a} {sign} {b} = {result}"
+    return ask("arithmetic", text, equation, key=f"arithmetic|{key}", brief=equation)
 
 
 def _operand(rng: random.Random) -> int:
@@ -78,7 +79,7 @@ SORT_DOWN = ("Sort these numbers from large to small: {n}", "Sort {n} in descend
 
 def sorting(rng: random.Random) -> Exchange:
     top = 9 if rng.random() < 0.3 else 99
-    numbers = rng.sample(range(top + 1), rng.randint(3, 6))
+    numbers = rng.sample(range(top + 1), rng.choice((3, 3, 4, 4, 5, 5, 6)))
     down = rng.random() < 0.3
     shown = ", ".join(map(str, numbers))
     question = rng.choice(SORT_DOWN if down else SORT).format(n=shown)

@@ -3,7 +3,7 @@
 import random
 
 from lessons import words
-from lessons.exchange import Exchange, ask, vary
+from lessons.exchange import ALWAYS_TRAINED, Exchange, ask, vary
 
 TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Hello!", "Hi!", "Hi", "Hello", "Hey!", "Hey there!", "Hello there!", "Hi there!", "Greetings!", "Good day!"),
@@ -63,10 +63,10 @@ _UNKNOWN_FORMS = ("Who is {n}?", "What is {w}?", "Where is {n}?", "Explain {w}."
 
 def talk(rng: random.Random) -> Exchange:
     forms, answer = rng.choice(TALK)
-    question = rng.choice(forms)
-    if rng.random() < 0.5:
-        question = vary(rng, question)
-    return ask("chat", question, answer)
+    form = rng.choice(forms)
+    question = vary(rng, form) if rng.random() < 0.6 else form
+    # An idiom cannot be guessed from others, so only its variations are held out.
+    return ask("chat", question, answer, key=ALWAYS_TRAINED if question == form else "")
 
 
 def unknown(rng: random.Random) -> Exchange:
