@@ -98,8 +98,6 @@ class TorchGroup(Group):
         super().__init__(shard)
         if not dist.is_available() or not dist.is_backend_available(backend):
             raise StartError(f"several shards need torch.distributed with {backend}, which this torch lacks.")
-        if dist.is_initialized():
-            raise StartError("this process runs an engine of several shards already; it can run only one.")
         self._device = device
         # All ranks are on this machine: nothing has to listen to the network.
         loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
+import torch.distributed as dist
 
 from tgi_gateway.backend import EngineOptions
 from tgi_gateway.errors import StartError
@@ -51,6 +52,8 @@ class Followers:
 
     def __init__(self, device: Callable[[], Device], options: EngineOptions) -> None:
         """Start them. Raises `StartError`."""
+        if dist.is_available() and dist.is_initialized():
+            raise StartError("this process runs an engine of several shards already; it can run only one.")
         self._world_size = options.num_shard
         self._lock = threading.Lock()
         self._ending = False
