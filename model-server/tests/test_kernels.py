@@ -1,5 +1,6 @@
-"""The Triton kernels: right in the interpreter, and compiled ahead of time. Each in a process of its own, because
-Triton decides at import whether kernels are interpreted.
+"""The Triton kernels: right in the interpreter and on an accelerator, and compiled ahead of time.
+
+Each in a process of its own, because Triton decides at import whether kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it exists for Linux only)"),
@@ -32,7 +34,13 @@ def run_tests(file: str, environment: dict[str, str], *options: str) -> None:
 
 
 def test_kernels_compute_what_the_reference_computes() -> None:
-    run_tests("interpreted_kernels.py", {"TRITON_INTERPRET": "1"}, *INTERPRETED)
+    run_tests("kernel_checks.py", {"TRITON_INTERPRET": "1"}, *INTERPRETED)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_kernels_compute_what_the_reference_computes_on_the_accelerator() -> None:
+    run_tests("kernel_checks.py", {"TRITON_INTERPRET": "0"})
 
 
 def test_kernels_compile_for_chips_that_are_not_here(tmp_path: Path) -> None:
