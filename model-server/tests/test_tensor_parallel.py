@@ -214,7 +214,7 @@ async def test_a_rank_that_breaks_ends_the_engine_with_its_own_words(folder: Pat
 
 
 async def test_a_rank_that_hangs_ends_the_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "COLLECTIVE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(parallel, "COLLECTIVE_TIMEOUT_S", 3.0)
     async with serving(folder, ReferenceDevice) as client:
         await client.run(greedy(1, prompts(1)[0], 8))
         os.kill(client.pids[0], signal.SIGSTOP)

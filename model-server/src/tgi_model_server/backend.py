@@ -214,6 +214,7 @@ class TorchBackend(Backend):
             undo.callback(followers.kill)
             group = followers.meet(device, shard)
             undo.callback(group.close)
+            followers.when_lost(lambda _why: group.abort())
         try:
             engine = load_engine(device, options, _Progress(), group)
         except Exception as error:

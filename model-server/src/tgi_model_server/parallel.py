@@ -15,6 +15,8 @@ from tgi_gateway.errors import ModelError, StartError
 
 COLLECTIVE_TIMEOUT_S = 60.0
 """How long a rank waits for another one inside a step."""
+LOADING_TIMEOUT_S = 3600.0
+"""How long one waits for the other's weights. A rank that ends meanwhile is noticed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +95,11 @@ ALONE = Group()
 class TorchGroup(Group):
     """Through torch.distributed. A device may wrap it in what is faster there: see `Device.collectives`."""
 
-    def __init__(self, shard: Shard, device: torch.device, backend: str, store: Store) -> None:
+    def __init__(self, shard: Shard, backend: str, store: Store) -> None:
         """Meets the other ranks at `store`. Raises `StartError` where this torch lacks the backend."""
         super().__init__(shard)
         if not dist.is_available() or not dist.is_backend_available(backend):
             raise StartError(f"several shards need torch.distributed with {backend}, which this torch lacks.")
-        self._device = device
         # All ranks are on this machine: nothing has to listen to the network.
         loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
         if loopback is not None:
@@ -110,6 +111,8 @@ class TorchGroup(Group):
             world_size=shard.world_size,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
+        # Through the host whatever the device: gloo notices at once when a rank is gone.
+        self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOADING_TIMEOUT_S))
         # The older name warns in newer versions.
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -127,8 +130,8 @@ class TorchGroup(Group):
         dist.broadcast(x, src=0)
 
     def minimum(self, value: int) -> int:
-        smallest = torch.tensor([value], dtype=torch.int64, device=self._device)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        smallest = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self._host)
         return int(smallest.item())
 
     def abort(self) -> None:

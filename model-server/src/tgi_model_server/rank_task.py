@@ -68,7 +68,7 @@ def device_of(name: str) -> Device:
 
 def connect(device: Device, shard: Shard, store: Store) -> Group:
     """Meet the other ranks; returns when all are there."""
-    return device.collectives(TorchGroup(shard, device.torch_device, device.collective_backend, store))
+    return device.collectives(TorchGroup(shard, device.collective_backend, store))
 
 
 def open_store(port: int, world_size: int, listen_fd: int | None = None) -> Store:
