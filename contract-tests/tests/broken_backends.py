@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
 
 from tgi_contract_tests import BackendContract
+from tgi_contract_tests.groups.grammars import BROKEN, GRAMMARS
 from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo
-from tgi_gateway.errors import GatewayError
+from tgi_gateway.errors import GatewayError, ValidationError
 from tgi_gateway.testing import EchoBackend, toy_model
 from tgi_gateway.testing.echo import Sequence
-from tgi_gateway.types import NO_LOGPROB, Failed, FinishReason, Request, StepEvents, Token
+from tgi_gateway.types import NO_LOGPROB, Failed, FinishReason, Grammar, Request, StepEvents, Token
 
 MODEL = toy_model(vocab_size=1000, eos_token_ids=(2,), max_total_tokens=96, max_sequences=4)
 
@@ -322,6 +324,72 @@ class ModelInfoContradictsItself(Sound):
         return replace(await super().start(emit), max_input_tokens=self.model.max_total_tokens)
 
 
+KNOWN = [grammar for grammar, _ in GRAMMARS.values()]
+
+
+class KnowsGrammars(Sound):
+    """No defect: it has an answer for every grammar of the contract."""
+
+    ANSWERS: ClassVar = {
+        "json": '{"ok": true, "n": 7}',
+        "json_schema": '{"n":0,"ok":false}',
+        "regex": "abc-12",
+        "choice": "left",
+        "lark": "xyx",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._capabilities = replace(self._capabilities, features=self._capabilities.features | {"grammar"})
+
+    def _check(self, request: Request) -> None:
+        super()._check(request)
+        if request.sampling.grammar in BROKEN:
+            raise ValidationError("grammar is not valid")
+
+    def next_token(self, sequence: Sequence) -> Token:
+        grammar = sequence.request.sampling.grammar
+        if grammar is None:
+            return super().next_token(sequence)
+        answer = self.answer(grammar)
+        at = len(sequence.output)
+        return Token(sequence.request.request_id, ord(answer[at]) if at < len(answer) else 2, -0.5)
+
+    def answer(self, grammar: Grammar) -> str:
+        return self.ANSWERS[grammar.kind] if grammar in KNOWN else "a" * self.model.max_total_tokens
+
+
+class IgnoresGrammars(KnowsGrammars):
+    def next_token(self, sequence: Sequence) -> Token:
+        return Sound.next_token(self, sequence)
+
+
+class StopsOneTokenEarly(KnowsGrammars):
+    def answer(self, grammar: Grammar) -> str:
+        return super().answer(grammar)[:-1]
+
+
+class GeneratesBeforeItCompiles(KnowsGrammars):
+    """Finds out in the middle of the answer that the grammar is broken."""
+
+    def _check(self, request: Request) -> None:
+        Sound._check(self, request)
+
+    def next_token(self, sequence: Sequence) -> Token:
+        if sequence.request.sampling.grammar in BROKEN and sequence.output:
+            raise ValidationError("grammar is not valid")
+        return super().next_token(sequence)
+
+
+class BadGrammarsFailTheBatch(KnowsGrammars):
+    def spoil(self, step: StepEvents) -> StepEvents:
+        if any(failed.message == "grammar is not valid" for failed in step.failed):
+            for request_id in list(self._running):
+                self._remove(request_id)
+                step.failed.append(Failed(request_id, "generation", "the batch failed"))
+        return step
+
+
 class _Contract(BackendContract):
     """The contract over the class that `defect` names."""
 
@@ -331,6 +399,9 @@ class _Contract(BackendContract):
 
     def make(self) -> Backend:
         return self.defect()
+
+    def text_of(self, token_ids: Iterable[int]) -> str:
+        return "".join(chr(token) for token in token_ids if token != 2)
 
     def kill(self, backend: Backend) -> None:
         assert isinstance(backend, EchoBackend)

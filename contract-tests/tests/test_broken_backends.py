@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tgi_contract_tests.groups.grammars import BROKEN as BROKEN_GRAMMARS
+from tgi_contract_tests.groups.grammars import GRAMMARS
+
 BROKEN = Path(__file__).with_name("broken_backends.py")
 CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "Sound": (),
@@ -90,6 +93,23 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
         "test_prompt_logprobs_repeat_those_of_generation",
     ),
     "PromptLogprobsWithoutTheFirst": ("test_prompt_logprobs_are_one_per_token",),
+    "KnowsGrammars": (),
+    "IgnoresGrammars": (
+        *(f"test_an_answer_holds_to_its_grammar[{kind}]" for kind in GRAMMARS),
+        "test_grammars_share_a_batch_with_free_requests",
+        *(f"test_a_broken_grammar_fails_its_own_request[{grammar.kind}]" for grammar in BROKEN_GRAMMARS),
+    ),
+    "StopsOneTokenEarly": (
+        *(f"test_an_answer_holds_to_its_grammar[{kind}]" for kind in GRAMMARS),
+        "test_grammars_share_a_batch_with_free_requests",
+        *(f"test_a_broken_grammar_fails_its_own_request[{grammar.kind}]" for grammar in BROKEN_GRAMMARS),
+    ),
+    "GeneratesBeforeItCompiles": tuple(
+        f"test_a_broken_grammar_fails_its_own_request[{grammar.kind}]" for grammar in BROKEN_GRAMMARS
+    ),
+    "BadGrammarsFailTheBatch": tuple(
+        f"test_a_broken_grammar_fails_its_own_request[{grammar.kind}]" for grammar in BROKEN_GRAMMARS
+    ),
     "ModelInfoContradictsItself": (
         "test_model_info_is_sane",
         "test_the_longest_prompt_is_served",

@@ -13,7 +13,7 @@ from tgi_gateway.backend import Backend
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
 from tgi_model_server.step import DeviceLost
-from tgi_model_server.testing.models import SMALL, save_random_model
+from tgi_model_server.testing.models import SMALL, save_ascii_tokenizer, save_random_model
 
 # With one token in ten an end of sequence, greedy answers do end.
 CONFIG = {**SMALL, "eos_token_id": list(range(0, SMALL["vocab_size"], 10))}
@@ -27,6 +27,7 @@ class TestCpuContract(BackendContract):
     @classmethod
     def _model(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
         cls.model = save_random_model(tmp_path_factory.mktemp("model"), CONFIG)
+        save_ascii_tokenizer(cls.model, CONFIG["vocab_size"], CONFIG["eos_token_id"])
 
     def kill(self, backend: Backend) -> None:
         assert isinstance(backend, TorchBackend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from tgi_contract_tests.rules import Rule, broken, demand
 from tgi_gateway import plugins
 from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, Feature
 from tgi_gateway.errors import PluginError
+from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.types import Request, SamplingParams, StopRules
 
 _ids = itertools.count(1)
@@ -46,6 +47,12 @@ class ContractBase(KnownFailures):
     def make(self) -> Backend:
         """A new backend, not started."""
         return self.plugin().create(self.engine_options())
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of generated tokens, by the tokenizer in the model's folder. Override for a model without one."""
+        if self.model is None or not (self.model / "tokenizer.json").is_file():
+            pytest.skip("the model has no tokenizer.json, and the class under test does not override `text_of`")
+        return Tokenizer.from_folder(self.model).decode(list(token_ids))
 
     def kill(self, backend: Backend) -> None:  # noqa: ARG002
         """Override to make a running engine die as it would on a device error."""

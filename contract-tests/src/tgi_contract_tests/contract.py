@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tgi_contract_tests.groups.cancels import Cancels
 from tgi_contract_tests.groups.events import Events, Threads
+from tgi_contract_tests.groups.grammars import Grammars
 from tgi_contract_tests.groups.lifecycle import Health, Lifecycle
 from tgi_contract_tests.groups.limits import CapacityAndOverload, Limits
 from tgi_contract_tests.groups.logprobs import Logprobs
@@ -24,6 +25,7 @@ class BackendContract(
     Isolation,
     Cancels,
     Refusals,
+    Grammars,
     Logprobs,
 ):
     """Inherit, name the class ``Test...``, and set `backend` or override `make`::

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -67,6 +68,19 @@ def save_random_model(folder: Path, raw_config: Mapping[str, Any] = SMALL, seed:
     (folder / "config.json").write_text(json.dumps(dict(raw_config)))
     save_file(random_tensors(raw_config, seed), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def save_ascii_tokenizer(folder: Path, vocab_size: int, special: Sequence[int]) -> None:
+    """Write a tokenizer.json with a token for each printable character; all other tokens are special, as `special`."""
+    characters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # as byte-level tokenizers write space and newline
+    free = [token for token in range(vocab_size) if token not in set(special)]
+    vocabulary = dict(zip(characters, free, strict=False))
+    others = {f"<{token}>": token for token in sorted({*range(vocab_size)} - {*vocabulary.values()})}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary | others, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(list(others))
+    inner.save(str(folder / "tokenizer.json"))
 
 
 def make_request(
