@@ -242,6 +242,9 @@ def test_plans_name_the_slots_that_the_step_names(page_size: int) -> None:
     fixed.update(plan)
     assert fixed.plan.cache_slots.tolist() == plan.cache_slots(page_size)
     assert fixed.plan.decode_lens.tolist() == [0, 16, 17, 0, 0]
+    tiles = made.tiles.tolist()
+    assert sorted(first for _, first in fixed.plan.tiles.tolist()[: len(tiles)]) == sorted(first for _, first in tiles)
+    assert {row for row, _ in fixed.plan.tiles.tolist()[len(tiles) :]} == {-1}, "what is left of the tiles is no work"
 
 
 def test_tiles_with_the_most_keys_come_first_and_each_new_token_has_one() -> None:

@@ -179,12 +179,11 @@ def _list_tiles(plan: StepPlan, order: Sequence[int], per_tile: int) -> list[tup
 def _fill(
     buffer: _Ints, sizes: _Sizes, plan: StepPlan, order: Sequence[int], tiles: list[tuple[int, int]], page_size: int
 ) -> None:
-    """Write every number of the tables into `buffer`, whose contents may be anything."""
+    """Write every number that a kernel reads into `buffer`, whose contents may be anything."""
     starts = sizes.starts()
     slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, table = (
         buffer[start:end] for start, end in pairwise(starts)
     )
-    buffer[:] = 0
     query_lens[: sizes.rows] = np.fromiter((plan.query_lens[row] for row in order), np.int32, sizes.rows)
     kv_lens[: sizes.rows] = np.fromiter((plan.kv_lens[row] for row in order), np.int32, sizes.rows)
     decode_lens[: sizes.decode_rows] = np.where(query_lens[: sizes.decode_rows] == 1, kv_lens[: sizes.decode_rows], 0)
