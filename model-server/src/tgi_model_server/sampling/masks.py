@@ -30,6 +30,8 @@ from tgi_model_server.plan import StepPlan
 from tgi_model_server.sampling.grammar import Constraint, Words, clear
 from tgi_model_server.step import StepOutput
 
+_THREAD_WORDS = 1 << 14
+"""Masks of fewer words in all are computed sooner than another thread wakes up."""
 _PARALLEL_ROWS = 8
 """Fewer masks are computed one after the other: a mask takes about 20 us, waking the other threads as much."""
 
@@ -44,13 +46,19 @@ class RowMasks:
     """int32 [rows, words], one bit per token: may be chosen."""
     endings: dict[int, FinishReason | GatewayError]
     """Index among the sampled rows -> how its request ends instead of taking a token. Its mask allows everything."""
+    unpacked: torch.Tensor | None = None
+    """bool [rows, at least the vocabulary]: the inverse of `words`, where the host may as well unpack them."""
 
     def apply(self, logits: torch.Tensor) -> None:
         """Set what may not be chosen to -inf in float32 logits [sampled rows, vocabulary], in place."""
         rows, width = len(self.rows), logits.shape[1]
-        packed = torch.from_numpy(self.words.view(np.uint8)).to(logits.device, non_blocking=True)
-        bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=logits.device)
-        forbidden = ((packed[:, :, None] & bits) == 0).view(rows, -1)[:, :width]
+        if self.unpacked is not None:
+            forbidden = self.unpacked[:, :width]
+        else:
+            # An eighth of the bytes to move, and the device has the time to unpack them.
+            packed = torch.from_numpy(self.words.view(np.uint8)).to(logits.device, non_blocking=True)
+            bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=logits.device)
+            forbidden = ((packed[:, :, None] & bits) == 0).view(rows, -1)[:, :width]
         if rows == logits.shape[0]:
             logits.masked_fill_(forbidden, float("-inf"))
             return
@@ -61,8 +69,8 @@ class RowMasks:
 @dataclass(slots=True)
 class _Slot:
     constraint: Constraint
-    preferred: Words
-    """Tokens to choose from, as long as the grammar leaves any."""
+    preferred: Words | None
+    """Tokens to choose from, as long as the grammar leaves any; None: all."""
     preferred_early: Words
     """The same before `min_new_tokens`."""
     awaited: tuple[StepOutput, int] | None = field(default=None)
@@ -88,12 +96,11 @@ class Masks:
         if error is not None:
             raise ValidationError(f"the grammar cannot be followed further: {error}")
         vocabulary = constraint.vocabulary
-        preferred = vocabulary.producible.copy()
-        if request.stop.ignore_eos:
-            clear(preferred, vocabulary.eos_token_ids)
-        early = preferred.copy()
-        clear(early, [*vocabulary.eos_token_ids, *request.stop.stop_token_ids])
-        self._slots[slot] = _Slot(constraint, preferred, early)
+        without_eos = vocabulary.producible.copy()
+        clear(without_eos, vocabulary.eos_token_ids)
+        early = without_eos.copy()
+        clear(early, request.stop.stop_token_ids)
+        self._slots[slot] = _Slot(constraint, without_eos if request.stop.ignore_eos else None, early)
 
     def release(self, slot: int) -> None:
         self._slots.pop(slot, None)
@@ -114,6 +121,9 @@ class Masks:
             return None
         if not self._overlap:
             return lambda: self._compute(wanted)
+        if len(wanted) * wanted[0][1].constraint.vocabulary.words < _THREAD_WORDS:
+            masks = self._compute(wanted)
+            return lambda: masks
         future: Future[RowMasks] = self._thread.submit(self._compute, wanted)
         return future.result
 
@@ -148,12 +158,24 @@ class Masks:
             fill_next_token_bitmask_par(
                 self._executor, [(wanted[place][1].constraint.matcher, place) for place in live], masks
             )
+        masks &= wanted[0][1].constraint.vocabulary.producible
+        possible: list[bool] = np.any(masks, axis=1).tolist()
         for place, (index, state, allow_eos) in enumerate(wanted):
-            ending = _finish(masks[place], state, allow_eos)
-            if ending is not None:
-                endings[index] = ending
+            matcher = state.constraint.matcher
+            if matcher.is_error() or not possible[place]:
+                endings[index] = _ending(state.constraint)
                 masks[place] = -1
-        return RowMasks([index for index, _, _ in wanted], masks, endings)
+                continue
+            preferred = state.preferred if allow_eos else state.preferred_early
+            if preferred is not None:
+                kept = masks[place] & preferred
+                if kept.any():
+                    masks[place] = kept
+        unpacked: torch.Tensor | None = None
+        if self._overlap:
+            bits = np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little")
+            unpacked = torch.from_numpy(bits).view(torch.bool)
+        return RowMasks([index for index, _, _ in wanted], masks, endings, unpacked)
 
     def _catch_up(self, state: _Slot) -> bool:
         """Let the constraint see the token that was sampled last. False if that ended the request."""
@@ -167,18 +189,9 @@ class Masks:
         return True
 
 
-def _finish(mask: Words, state: _Slot, allow_eos: bool) -> FinishReason | GatewayError | None:
-    """What the grammar allows, less what the request and the model rule out, in place; or how the request ends."""
-    matcher = state.constraint.matcher
-    error = state.constraint.error
-    if error is not None:
-        return ValidationError(f"the grammar cannot be followed further: {error}")
-    mask &= state.constraint.vocabulary.producible
-    if not mask.any():
-        if matcher.is_accepting():
-            return "eos_token"  # complete, and the model has no token to say so
-        return ValidationError("the grammar cannot be followed further: no token of this model continues it")
-    preferred = mask & (state.preferred if allow_eos else state.preferred_early)
-    if preferred.any():
-        mask[:] = preferred
-    return None
+def _ending(constraint: Constraint) -> FinishReason | GatewayError:
+    """How a request ends whose grammar leaves no token."""
+    error = constraint.error
+    if error is None and constraint.matcher.is_accepting():
+        return "eos_token"  # complete, and the model has no token to say so
+    return ValidationError(f"the grammar cannot be followed further: {error or 'no token of this model continues it'}")
