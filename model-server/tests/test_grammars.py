@@ -25,6 +25,7 @@ from tgi_gateway.types import Failed, Finished, Grammar, GrammarKind, Request, S
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
 from tgi_model_server.sampling import compiler as compiler_module
+from tgi_model_server.sampling import masks as masks_module
 from tgi_model_server.sampling.compiler import GrammarCompiler, Outcome
 from tgi_model_server.sampling.grammar import Constraint, Vocabulary, compile_grammar
 from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
@@ -400,6 +401,18 @@ async def test_explosive_grammars_end_and_harm_nobody(folder: Path, vocabulary: 
             "length",
             "eos_token",
         }
+
+
+async def test_masks_of_another_thread_and_of_several_are_the_same(
+    folder: Path, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [asked(n, "json_schema", Schemas(200 + n).make(), new=60) for n in range(8)]
+    async with serving(folder, vocabulary, ReferenceDevice) as client:
+        expected = await client.run(*requests)
+    monkeypatch.setattr(masks_module, "_THREAD_WORDS", 0)
+    monkeypatch.setattr(masks_module, "_PARALLEL_ROWS", 2)
+    async with serving(folder, vocabulary, ReferenceDevice) as client:
+        assert await client.run(*requests) == expected
 
 
 @DEVICES
