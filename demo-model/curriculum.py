@@ -21,7 +21,7 @@ SMALL: dict[str, tuple[Draw, float]] = {
     "facts": (facts.knowledge, 1.2),
     "copying": (skills.copying, 2.0),
     "counting": (skills.counting, 0.5),
-    "sorting": (skills.sorting, 8.0),
+    "sorting": (skills.sorting, 6.0),
     "chat": (smalltalk.conversation_piece, 0.8),
 }
 
@@ -236,7 +236,7 @@ MIXTURE: dict[str, tuple[Callable[[random.Random], Conversation], float]] = {
     "small": (lambda rng: _single(rng, small), 120),
     "talk": (lambda rng: _talk(rng, rng.randint(2, 6)), 5),
     "long": (_long, 0.6),
-    "story": (lambda rng: _single(rng, stories.story), 3),
+    "story": (lambda rng: _single(rng, stories.story), 6),
     "json": (lambda rng: _single(rng, records.record), 20),
     "tools": (_with_tools, 15),
     "memory": (lambda rng: _single(rng, lambda draw: skills.memory(draw, _safe_small)), 1.5),

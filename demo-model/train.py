@@ -1,7 +1,7 @@
 """Trains the demo model on the curriculum and exports it; a GPU needs minutes, a few CPU cores an hour or two.
 
 python train.py --minutes 80                 # the main model, into src/tgi_demo_model/weights
-python train.py --size draft --minutes 10    # the small draft, into src/tgi_demo_model/draft
+python train.py --size draft --minutes 10    # the small draft, for speculation; none is shipped yet
 python train.py --resume                     # goes on after Ctrl-C, which saves
 """
 

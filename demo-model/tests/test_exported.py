@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
-def candidate() -> Candidate:
-    return Candidate(tgi_demo_model.model_path(), torch.float32, batch=16)
+def candidate() -> Iterator[Candidate]:
+    # So small a model is fastest on one thread, above all when the cores are shared with other tests.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Candidate(tgi_demo_model.model_path(), torch.float32, batch=16)
+    torch.set_num_threads(threads)
 
 
 def _user(text: str) -> dict[str, Any]:
@@ -35,15 +40,6 @@ def test_the_files_are_small_and_complete() -> None:
         "model.safetensors",
     } <= names
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2**20
-
-
-def test_the_draft_is_small_and_speaks_the_same_tokens() -> None:
-    try:
-        draft = tgi_demo_model.draft_path()
-    except FileNotFoundError:
-        pytest.skip("no draft was trained")
-    assert (draft / "model.safetensors").stat().st_size <= 2 * 2**20
-    assert (draft / "tokenizer.json").read_bytes() == (tgi_demo_model.model_path() / "tokenizer.json").read_bytes()
 
 
 def test_a_missing_model_says_how_to_make_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

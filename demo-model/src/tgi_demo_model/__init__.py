@@ -7,16 +7,7 @@ __version__ = "0.1.0"
 
 def model_path() -> Path:
     """Folder of the demo model, as transformers and the gateway load it."""
-    return _folder("weights")
-
-
-def draft_path() -> Path:
-    """Folder of the smaller draft with the same tokenizer, for speculation."""
-    return _folder("draft")
-
-
-def _folder(name: str) -> Path:
-    folder = Path(__file__).parent / name
+    folder = Path(__file__).parent / "weights"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model. Run `python train.py` in demo-model to make it.")
     return folder
