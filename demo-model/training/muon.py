@@ -40,8 +40,10 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
                 by_shape[tuple(weight.shape)].append(weight)
-            stacks = [torch.stack([self._momentum(weight, group["momentum"]) for weight in same])
-                      for same in by_shape.values()]
+            stacks = [
+                torch.stack([self._momentum(weight, group["momentum"]) for weight in same])
+                for same in by_shape.values()
+            ]
             for same, updates in zip(by_shape.values(), self._run(orthogonalize, stacks), strict=True):
                 rows, columns = same[0].shape
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
