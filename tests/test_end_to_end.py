@@ -22,8 +22,6 @@ import httpx
 import pytest
 from servers import free_port
 
-from tgi_gateway.errors import ModelError
-from tgi_gateway.hub import demo_model
 from tgi_gateway.testing.worker import write_byte_model
 
 WAIT_S = 60.0
@@ -410,15 +408,6 @@ def test_the_socket_folder_is_private(byte_model: Path) -> None:
         assert (folder / "engine").stat().st_mode & 0o777 == 0o600
 
 
-def demo_is_here() -> bool:
-    try:
-        demo_model()
-    except ModelError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not demo_is_here(), reason="the demo model's weights are not here")
 def test_without_a_model_id_the_demo_model_answers_on_the_cpu() -> None:
     with launched("--max-batch-total-tokens", "16384") as gateway:
         gateway.wait_for("Ready at")

@@ -7,21 +7,9 @@ import signal
 from pathlib import Path
 
 import httpx
-import pytest
 from servers import Server, run_server
 
-from tgi_gateway.errors import ModelError
-from tgi_gateway.hub import demo_model
-
 PROMPTS = ("The capital of France is", "Count from 1 to 12.", "Once upon a time")
-
-
-def demo_is_here() -> bool:
-    try:
-        demo_model()
-    except ModelError:
-        return False
-    return True
 
 
 def generate(server: Server, prompt: str) -> httpx.Response:
@@ -41,7 +29,6 @@ def ranks() -> set[int]:
     return found
 
 
-@pytest.mark.skipif(not demo_is_here(), reason="the demo model's weights are not here")
 def test_two_ranks_answer_as_one_and_end_together(demo_server: Server, tmp_path: Path) -> None:
     before = ranks()
     with run_server(

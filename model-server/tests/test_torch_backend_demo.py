@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tgi_backend_cpu.plugin import create
 from tgi_gateway.backend import EngineOptions
-from tgi_gateway.errors import ModelError
 from tgi_gateway.hub import demo_model
 from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
 
@@ -45,10 +44,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    try:
-        return demo_model()
-    except ModelError:
-        pytest.skip("the demo model's weights are not here")
+    return demo_model()
 
 
 @pytest.fixture(scope="module", autouse=True)

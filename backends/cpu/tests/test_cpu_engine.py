@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tgi_backend_cpu import machine
 from tgi_backend_cpu.device import CpuDevice
 from tgi_gateway.backend import EngineOptions
+from tgi_gateway.hub import demo_model
 from tgi_gateway.types import SamplingParams
 from tgi_model_server.engine import Engine, load_engine
 from tgi_model_server.plan import StepResult
@@ -141,10 +142,7 @@ def test_top_tokens_are_sorted_and_agree_with_the_chosen_tokens_logprob(engine: 
 
 
 def test_the_demo_model_generates_what_transformers_generates() -> None:
-    demo = pytest.importorskip("tgi_demo_model")
-    folder = Path(demo.__file__).parent / "weights"
-    if not (folder / "config.json").is_file():
-        pytest.skip("the demo model's weights are not built yet")
+    folder = demo_model()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     engine = load(folder)
