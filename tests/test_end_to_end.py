@@ -61,7 +61,9 @@ class Gateway:
         for pid in _children(self.process.pid):
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                found[next(part for part in command if part.startswith("tgi_gateway.")).rsplit(".", 1)[1]] = pid
+                # Between fork and exec a child still shows its parent's command line, which names no module of ours.
+                for module in (part for part in command if part.startswith("tgi_gateway.")):
+                    found[module.rsplit(".", 1)[1]] = pid
         self.seen |= set(found.values())
         return found
 
