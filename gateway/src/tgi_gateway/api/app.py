@@ -27,7 +27,7 @@ from tgi_gateway.api.errors import (
     error_response,
 )
 from tgi_gateway.api.serving import VERSION, Services
-from tgi_gateway.api.stream import DIRECT_SEND
+from tgi_gateway.api.sse import DIRECT_SEND
 
 __all__ = ["Services", "create_app"]
 
@@ -49,7 +49,7 @@ READ = ["GET", "HEAD"]
 
 
 class Application(FastAPI):
-    """Keeps the server's `send` for streams, see `stream.DIRECT_SEND`."""
+    """Keeps the server's `send` for streams, see `sse.DIRECT_SEND`."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[DIRECT_SEND] = send

@@ -29,7 +29,7 @@ from tgi_gateway.api.serving import (
     quoted,
     refuse_cancelled,
 )
-from tgi_gateway.api.stream import DONE, EventStream, unless_gone
+from tgi_gateway.api.sse import DONE, EventStream, unless_gone
 from tgi_gateway.api.tgi import SimpleToken, simple_tokens
 from tgi_gateway.errors import TemplateError, Unsupported, ValidationError
 from tgi_gateway.prompt import validate

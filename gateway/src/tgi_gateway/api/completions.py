@@ -37,7 +37,7 @@ from tgi_gateway.api.serving import (
     quoted,
     refuse_cancelled,
 )
-from tgi_gateway.api.stream import DONE, EventStream, unless_gone
+from tgi_gateway.api.sse import DONE, EventStream, unless_gone
 from tgi_gateway.errors import Unsupported
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer

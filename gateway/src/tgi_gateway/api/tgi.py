@@ -17,7 +17,7 @@ from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.generation import Generation, Piece
 from tgi_gateway.api.grammars import grammar_of
 from tgi_gateway.api.serving import Answer, Call, Services, collect_all, number, quoted, refuse_cancelled
-from tgi_gateway.api.stream import EventStream, unless_gone
+from tgi_gateway.api.sse import EventStream, unless_gone
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
