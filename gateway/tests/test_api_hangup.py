@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from tgi_gateway.api import stream
+from tgi_gateway.api import sse
 from tgi_gateway.testing.echo import EchoBackend
 from tgi_gateway.testing.scripted import Script, ScriptedBackend, ScriptedToken
 from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, parse_events
@@ -155,7 +155,7 @@ async def test_events_arrive_while_the_answer_is_being_made(start_worker: Callab
 async def test_silence_is_broken_by_comments_and_the_stream_goes_on(
     start_worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     letters = [ScriptedToken(FIRST_BYTE + 40, delay_s=0.3), ScriptedToken(FIRST_BYTE + 41, delay_s=0.3)]
     worker: Worker = await start_worker(ScriptedBackend([Script(tuple(letters))], byte_toy()))
     async with served(worker) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
