@@ -87,7 +87,13 @@ class StartError(GatewayError):
     """The server cannot start: settings, plug-in, model files, port. Printed without a traceback; exit code 1."""
 
     error_type = "start"
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
+
+    def __init__(self, detail: str = "", *, exit_code: int | None = None) -> None:
+        """`exit_code`: that of the process which could not start, where it was another one."""
+        super().__init__(detail)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class SettingsError(StartError):

@@ -185,9 +185,9 @@ class Followers:
     def _ended(self, follower: _Follower, code: int) -> None:
         report = follower.report
         how = ending(code) if report is None else f"failed: {report.text}"
-        error = StartError(f"rank {follower.rank} of {self._world_size} {how}")
-        if report is not None:
-            error.exit_code = report.exit_code  # type: ignore[misc]
+        error = StartError(
+            f"rank {follower.rank} of {self._world_size} {how}", exit_code=None if report is None else report.exit_code
+        )
         with self._lock:
             if not self._ending and self._failure is None:
                 self._failure = error

@@ -47,9 +47,7 @@ class Child:
             return report.text
         code = await self.exit
         if report is not None:
-            error = StartError(report.text)
-            error.exit_code = report.exit_code  # type: ignore[misc]
-            raise error
+            raise StartError(report.text, exit_code=report.exit_code)
         raise StartError(f"{self.name} {ending(code)} before it was ready")
 
     def tell_to_stop(self) -> None:
