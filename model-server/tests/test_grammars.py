@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import re
 import threading
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,13 +19,14 @@ import torch
 from tgi_gateway.backend import ALL_FEATURES, Capabilities, EngineOptions
 from tgi_gateway.errors import GatewayError, ValidationError
 from tgi_gateway.testing.worker import write_byte_model
-from tgi_gateway.types import Failed, Finished, Grammar, GrammarKind, Request, SamplingParams, StepEvents, StopRules
+from tgi_gateway.types import Failed, Finished, Grammar, GrammarKind, Request, SamplingParams, StopRules
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
 from tgi_model_server.sampling import compiler as compiler_module
 from tgi_model_server.sampling import masks as masks_module
 from tgi_model_server.sampling.compiler import GrammarCompiler, Outcome
 from tgi_model_server.sampling.grammar import Constraint, Vocabulary, compile_grammar
+from tgi_model_server.testing.client import Client
 from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
 from tgi_model_server.testing.models import SMALL, save_random_model
 
@@ -65,43 +64,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Client:
-    """A started backend and what it said."""
+class Reader(Client):
+    """With its answers as text."""
 
     def __init__(self, backend: TorchBackend, vocabulary: Vocabulary) -> None:
-        self.backend = backend
-        self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.ends: dict[int, Finished | Failed] = {}
-        self.steps: list[StepEvents] = []
+        super().__init__(backend)
         self._vocabulary = vocabulary
-        self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
 
-    def emit(self, events: StepEvents) -> None:
-        self._loop.call_soon_threadsafe(self._take, events)
-
-    def _take(self, events: StepEvents) -> None:
-        self.steps.append(events)
-        for request_id, token in zip(events.request_ids, events.token_ids, strict=True):
-            assert request_id not in self.ends
-            self.tokens[request_id].append(token)
-        ends: list[Finished | Failed] = [*events.finished, *events.failed]
-        for end in ends:
-            assert end.request_id not in self.ends
-            self.ends[end.request_id] = end
-        self._news.set()
-
-    async def until(self, done: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
-            while not done():
-                self._news.clear()
-                await self._news.wait()
-
-    async def run(self, *requests: Request) -> list[str]:
+    async def texts(self, *requests: Request) -> list[str]:
         """Submit all at once; their texts once all have ended."""
-        for request in requests:
-            self.backend.submit(request)
-        await self.until(lambda: all(request.request_id in self.ends for request in requests))
+        await self.run(*requests)
         return [self.text(request.request_id) for request in requests]
 
     def text(self, request_id: int) -> str:
@@ -117,10 +89,10 @@ class Client:
 @asynccontextmanager
 async def serving(
     folder: Path, vocabulary: Vocabulary, device: Callable[[], Device], **options: Any
-) -> AsyncIterator[Client]:
+) -> AsyncIterator[Reader]:
     options = {"max_batch_size": 16, "max_batch_total_tokens": 16 * 800, **options}
     backend = TorchBackend(device, EngineOptions(folder, "small", **options), CAPABILITIES)
-    client = Client(backend, vocabulary)
+    client = Reader(backend, vocabulary)
     await backend.start(client.emit)
     try:
         yield client
@@ -252,7 +224,7 @@ async def test_every_finished_answer_validates(
 ) -> None:
     schemas = [*BY_HAND, *(Schemas(seed).make() for seed in range(80))]
     async with serving(folder, vocabulary, device) as client:
-        texts = await client.run(*(asked(n, "json_schema", schema) for n, schema in enumerate(schemas)))
+        texts = await client.texts(*(asked(n, "json_schema", schema) for n, schema in enumerate(schemas)))
         refused = [n for n in range(len(schemas)) if isinstance(client.ends[n], Failed)]
         assert {client.reason(n) for n in refused} <= {
             'validation: grammar is not valid: Unimplemented keys: ["propertyNames"]'
@@ -286,7 +258,7 @@ async def test_expressions_choices_and_grammars_hold(
                 asked(n + 4, None, new=30),
             )
         ]
-        await client.run(*requests)
+        await client.texts(*requests)
         for n in numbers:
             assert re.fullmatch(r"[A-Z]{2}[0-9]{3,5}(-ö)?", client.text(n))
             assert client.text(n + 1) in choices
@@ -303,8 +275,8 @@ async def test_constrained_rows_change_nothing_for_the_others_nor_for_each_other
     schemas = [Schemas(seed).make() for seed in range(100, 108)]
     mixed = [asked(n, "json_schema" if n % 2 else None, schemas[n] if n % 2 else None, new=120) for n in range(8)]
     async with serving(folder, vocabulary, device) as client:
-        alone = [(await client.run(request))[0:1] and client.tokens[request.request_id] for request in mixed]
-        await client.run(*(replace(request, request_id=100 + n) for n, request in enumerate(mixed)))
+        alone = [(await client.texts(request))[0:1] and client.tokens[request.request_id] for request in mixed]
+        await client.texts(*(replace(request, request_id=100 + n) for n, request in enumerate(mixed)))
         assert [client.tokens[100 + n] for n in range(8)] == alone
 
 
@@ -314,12 +286,12 @@ async def test_a_preempted_answer_goes_on_where_its_grammar_was(
 ) -> None:
     requests = [asked(n, "regex", "([a-z]{3}-){30}end", new=140) for n in range(8)]
     async with serving(folder, vocabulary, device) as roomy:
-        expected = await roomy.run(*requests)
+        expected = await roomy.texts(*requests)
     assert all(re.fullmatch("([a-z]{3}-){30}end", text) for text in expected)
     async with serving(
         folder, vocabulary, device, max_total_tokens=160, max_batch_total_tokens=400, max_batch_prefill_tokens=48
     ) as tight:
-        assert await tight.run(*requests) == expected
+        assert await tight.texts(*requests) == expected
         assert tight.backend.capacity().preemptions > 0
 
 
@@ -375,10 +347,10 @@ async def test_a_broken_grammar_is_refused_with_its_reason_and_its_neighbours_ar
 ) -> None:
     async with serving(folder, vocabulary, ReferenceDevice) as client:
         neighbours = [asked(1000 + n, "regex" if n % 2 else None, "[0-9]{20}", new=60) for n in range(6)]
-        expected = await client.run(*neighbours)
+        expected = await client.texts(*neighbours)
         again = [replace(request, request_id=request.request_id + 1000) for request in neighbours]
         broken = [asked(n, kind, source) for n, (kind, source, _) in enumerate(REFUSED)]
-        texts = await client.run(*broken, *again)
+        texts = await client.texts(*broken, *again)
         assert texts[len(broken) :] == expected
         for n, (_, _, reason) in enumerate(REFUSED):
             assert client.reason(n).startswith("validation: grammar is not valid"), REFUSED[n]
@@ -392,8 +364,8 @@ async def test_a_broken_grammar_is_refused_with_its_reason_and_its_neighbours_ar
 async def test_explosive_grammars_end_and_harm_nobody(folder: Path, vocabulary: Vocabulary) -> None:
     async with serving(folder, vocabulary, ReferenceDevice) as client:
         explosive = [asked(n, kind, source, new=20) for n, (kind, source) in enumerate(EXPLOSIVE)]
-        expected = await client.run(asked(1000, "regex", "[0-9]{20}"))
-        texts = await client.run(*explosive, asked(2000, "regex", "[0-9]{20}"))
+        expected = await client.texts(asked(1000, "regex", "[0-9]{20}"))
+        texts = await client.texts(*explosive, asked(2000, "regex", "[0-9]{20}"))
         assert re.fullmatch("[0-9]{20}", expected[0])
         assert re.fullmatch("[0-9]{20}", texts[-1])
         assert {client.reason(n).partition(":")[0] for n in range(len(explosive))} <= {
@@ -408,11 +380,11 @@ async def test_masks_of_another_thread_and_of_several_are_the_same(
 ) -> None:
     requests = [asked(n, "json_schema", Schemas(200 + n).make(), new=60) for n in range(8)]
     async with serving(folder, vocabulary, ReferenceDevice) as client:
-        expected = await client.run(*requests)
+        expected = await client.texts(*requests)
     monkeypatch.setattr(masks_module, "_THREAD_WORDS", 0)
     monkeypatch.setattr(masks_module, "_PARALLEL_ROWS", 2)
     async with serving(folder, vocabulary, ReferenceDevice) as client:
-        assert await client.run(*requests) == expected
+        assert await client.texts(*requests) == expected
 
 
 @DEVICES
@@ -426,7 +398,7 @@ async def test_a_grammar_goes_before_the_minimum_length_and_ignored_ends(
         forever = asked(4, "regex", "[ab]*", stop=StopRules(20, ignore_eos=True))
         stopping = asked(5, "regex", "[ab]*", stop=StopRules(20, stop_token_ids=tuple(range(2, 258))))
         exact = asked(6, "regex", "abc", stop=StopRules(3))
-        texts = await client.run(complete, open_ended, ignoring, forever, stopping, exact)
+        texts = await client.texts(complete, open_ended, ignoring, forever, stopping, exact)
         assert texts[0] == texts[2] == texts[5] == "abc"
         assert [client.reason(n) for n in (1, 3, 6)] == ["eos_token", "eos_token", "length"]
         assert len(texts[1]) >= 10
@@ -441,7 +413,7 @@ async def test_a_complete_answer_ends_without_an_end_of_sequence_token(
     endless: Path, vocabulary: Vocabulary, device: Callable[[], Device]
 ) -> None:
     async with serving(endless, vocabulary, device) as client:
-        texts = await client.run(asked(1, "regex", "abc", new=20), asked(2, None, new=20))
+        texts = await client.texts(asked(1, "regex", "abc", new=20), asked(2, None, new=20))
         assert texts[0] == "abc"
         assert client.reason(1) == "eos_token"
         end = client.ends[1]
@@ -467,14 +439,14 @@ async def test_filters_and_penalties_leave_the_grammar_its_tokens(folder: Path, 
         requests = [
             replace(base, request_id=n, sampling=replace(base.sampling, **each)) for n, each in enumerate(settings)
         ]
-        for text in await client.run(*requests):
+        for text in await client.texts(*requests):
             assert re.fullmatch("([0-9]{4} ){4}", text)
 
 
 async def test_a_model_without_a_tokenizer_refuses_grammars_alone(tmp_path: Path, vocabulary: Vocabulary) -> None:
     folder = save_random_model(tmp_path, CONFIG)
     async with serving(folder, vocabulary, ReferenceDevice) as client:
-        await client.run(asked(1, "regex", "a"), asked(2, None, new=5))
+        await client.texts(asked(1, "regex", "a"), asked(2, None, new=5))
         assert client.reason(1).startswith("validation: grammars need a tokenizer.json")
         assert client.reason(2) in ("length", "eos_token")
 
@@ -482,8 +454,8 @@ async def test_a_model_without_a_tokenizer_refuses_grammars_alone(tmp_path: Path
 async def test_logprobs_are_those_of_the_unmasked_model(folder: Path, vocabulary: Vocabulary) -> None:
     free = asked(1, None, new=1, sampling=SamplingParams(), logprobs=True, top_n_tokens=5)
     async with serving(folder, vocabulary, ReferenceDevice) as client:
-        await client.run(free)
-        await client.run(replace(free, request_id=2, sampling=SamplingParams(grammar=Grammar("regex", "[0-9]"))))
+        await client.texts(free)
+        await client.texts(replace(free, request_id=2, sampling=SamplingParams(grammar=Grammar("regex", "[0-9]"))))
         tops = [events.top[0] for events in client.steps if events.top]
         # The second prompt comes from the prefix cache: the reference device then rounds differently.
         assert [token for token, _ in tops[0]] == [token for token, _ in tops[1]]
@@ -621,7 +593,7 @@ async def test_a_cancel_while_compiling_ends_the_request_and_frees_its_place(
         await client.until(lambda: 1 in client.ends)
         assert client.reason(1) == "cancelled"
         assert client.backend.capacity().free_sequences == 15
-        await client.run(asked(3, None, new=5))  # the step loop goes on meanwhile
+        await client.texts(asked(3, None, new=5))  # the step loop goes on meanwhile
         assert 2 not in client.ends
         gate.set()
         await client.until(lambda: 2 in client.ends)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,9 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tgi_gateway.backend import ALL_FEATURES, Capabilities, EngineOptions, ModelInfo
+from tgi_gateway.backend import ALL_FEATURES, Capabilities, EngineOptions
 from tgi_gateway.errors import StartError, Unhealthy
-from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
+from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StopRules
 from tgi_model_server import parallel
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
@@ -32,6 +31,7 @@ from tgi_model_server.parallel import Shard
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan
 from tgi_model_server.rank_task import RankTask, device_of, name_of, read_plan, write_plan
 from tgi_model_server.ranks import Followers
+from tgi_model_server.testing.client import Client
 from tgi_model_server.testing.devices import (
     BrokenOnRank1,
     HotOnRank1,
@@ -54,41 +54,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Client:
-    """A started backend and what it said."""
-
-    def __init__(self, backend: TorchBackend) -> None:
-        self.backend = backend
-        self.info: ModelInfo
-        self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.scores: dict[int, list[float]] = defaultdict(list)
-        self.ends: dict[int, Finished | Failed] = {}
-        self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
-
-    def emit(self, events: StepEvents) -> None:
-        self._loop.call_soon_threadsafe(self._take, events)
-
-    def _take(self, events: StepEvents) -> None:
-        for request_id, token, score in zip(events.request_ids, events.token_ids, events.logprobs, strict=True):
-            self.tokens[request_id].append(token)
-            self.scores[request_id].append(score)
-        ends: list[Finished | Failed] = [*events.finished, *events.failed]
-        self.ends.update((end.request_id, end) for end in ends)
-        self._news.set()
-
-    async def until(self, done: Callable[[], bool], timeout_s: float = 60) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not done():
-                self._news.clear()
-                await self._news.wait()
-
-    async def run(self, *requests: Request) -> list[list[int]]:
-        """Submit all at once; their tokens once all have ended."""
-        for request in requests:
-            self.backend.submit(request)
-        await self.until(lambda: all(request.request_id in self.ends for request in requests))
-        return [self.tokens[request.request_id] for request in requests]
+class Leader(Client):
+    """Of an engine of several ranks."""
 
     @property
     def pids(self) -> list[int]:
@@ -109,9 +76,9 @@ class Client:
 
 
 @asynccontextmanager
-async def serving(folder: Path, device: Callable[[], Device], ranks: int = 2, **options: Any) -> AsyncIterator[Client]:
+async def serving(folder: Path, device: Callable[[], Device], ranks: int = 2, **options: Any) -> AsyncIterator[Leader]:
     backend = TorchBackend(device, EngineOptions(folder, "small", num_shard=ranks, **options), CAPABILITIES)
-    client = Client(backend)
+    client = Leader(backend)
     client.info = await backend.start(client.emit)
     pids = client.pids if ranks > 1 else []
     try:

@@ -6,7 +6,6 @@ import asyncio
 import math
 import random
 import threading
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from tgi_gateway.backend import ALL_FEATURES, Capabilities, Capacity, EngineOptions, ModelInfo
+from tgi_gateway.backend import ALL_FEATURES, Capabilities, Capacity, EngineOptions
 from tgi_gateway.errors import ModelError, SettingsError, StartError, Unhealthy
-from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
+from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StopRules
 from tgi_model_server import backend as backend_module
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
 from tgi_model_server.engine import load_engine
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import DeviceLost, StepOutput
+from tgi_model_server.testing.client import Client
 from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
 from tgi_model_server.testing.models import SMALL, HandBatch, save_random_model
 
@@ -42,43 +42,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Client:
-    """A started backend and what it said."""
-
-    def __init__(self, backend: TorchBackend) -> None:
-        self.backend = backend
-        self.info: ModelInfo
-        self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.ends: dict[int, Finished | Failed] = {}
-        self.steps = 0
-        self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
-
-    def emit(self, events: StepEvents) -> None:
-        self._loop.call_soon_threadsafe(self._take, events)
-
-    def _take(self, events: StepEvents) -> None:
-        self.steps += 1
-        for request_id, token in zip(events.request_ids, events.token_ids, strict=True):
-            self.tokens[request_id].append(token)
-        ends: list[Finished | Failed] = [*events.finished, *events.failed]
-        for end in ends:
-            assert end.request_id not in self.ends
-            self.ends[end.request_id] = end
-        self._news.set()
-
-    async def until(self, done: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
-            while not done():
-                self._news.clear()
-                await self._news.wait()
-
-    async def run(self, *requests: Request) -> list[list[int]]:
-        """Submit all at once; their tokens once all have ended."""
-        for request in requests:
-            self.backend.submit(request)
-        await self.until(lambda: all(request.request_id in self.ends for request in requests))
-        return [self.tokens[request.request_id] for request in requests]
+class Listener(Client):
+    """With its endings told apart."""
 
     def finished(self, request_id: int) -> Finished:
         end = self.ends[request_id]
@@ -92,9 +57,9 @@ class Client:
 
 
 @asynccontextmanager
-async def serving(folder: Path, device: Callable[[], Device], **options: Any) -> AsyncIterator[Client]:
+async def serving(folder: Path, device: Callable[[], Device], **options: Any) -> AsyncIterator[Listener]:
     backend = TorchBackend(device, EngineOptions(folder, "small", **options), CAPABILITIES)
-    client = Client(backend)
+    client = Listener(backend)
     client.info = await backend.start(client.emit)
     try:
         yield client
@@ -187,7 +152,7 @@ async def test_limits_come_from_the_pool_and_the_model(folder: Path) -> None:
         assert info.max_batch_prefill_tokens == 256
         assert (info.max_sequences, info.vocab_size, info.eos_token_ids) == (3, 160, (1,))
         assert (info.model_id, info.model_type, info.dtype, info.device) == ("small", "llama", "float32", "reference")
-        assert client.steps == 0, "the warm-up is nobody's business"
+        assert client.steps == [], "the warm-up is nobody's business"
         assert client.backend.capacity().free_kv_tokens == 1000
     async with serving(folder, ReferenceDevice, max_batch_total_tokens=100) as client:
         assert (client.info.max_total_tokens, client.info.max_input_tokens) == (100, 99)
@@ -273,7 +238,7 @@ async def test_health_is_true_when_idle_and_busy_and_emits_nothing(folder: Path)
         await backend.health()
     async with serving(folder, ReferenceDevice) as client:
         await asyncio.gather(client.backend.health(), client.backend.health())
-        assert client.steps == 0
+        assert client.steps == []
         client.backend.submit(greedy(1, prompts(1)[0], 200))
         await client.until(lambda: len(client.tokens[1]) > 0)
         await client.backend.health()
