@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -15,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tgi_gateway.api import bodies
-from tgi_gateway.api.bodies import ChatBody, ImagePart, Message, SamplingBody, ToolCall
+from tgi_gateway.api.bodies import ChatBody, SamplingBody
+from tgi_gateway.api.conversation import prompt_of
 from tgi_gateway.api.errors import OPENAI, BatchTooLarge
 from tgi_gateway.api.generation import Generation, Piece
 from tgi_gateway.api.grammars import constraint_of
@@ -31,18 +30,11 @@ from tgi_gateway.api.serving import (
 )
 from tgi_gateway.api.sse import DONE, EventStream, unless_gone
 from tgi_gateway.api.tgi import SimpleToken, simple_tokens
-from tgi_gateway.errors import TemplateError, Unsupported, ValidationError
+from tgi_gateway.errors import Unsupported
 from tgi_gateway.prompt import validate
-from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
 from tgi_gateway.types import FinishReason
-
-INLINE_MESSAGES = 16
-INLINE_CHARACTERS = 4000
-"""Shorter chats are rendered in the event loop: about 0.05 ms, less than a thread's round trip."""
-SLOW_TEMPLATE_S = 0.05
-"""A template that once took longer for a short chat never holds the event loop up again."""
 
 OpenAIReason = Literal["stop", "length"]
 REASONS: dict[FinishReason, OpenAIReason] = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -195,65 +187,6 @@ def refuse_unknown_wishes(body: ChatBody) -> None:
     for name in ("audio", "functions", "web_search_options", "reasoning_effort", "verbosity"):
         if getattr(body, name) is not None:
             raise Unsupported(f"`{name}` is not supported")
-
-
-def content_text(message: Message) -> str:
-    """Parts are joined without separators."""
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    if any(isinstance(part, ImagePart) for part in message.content):
-        raise Unsupported("image modality is not supported")
-    return "".join(part.text for part in message.content if not isinstance(part, ImagePart))
-
-
-def template_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: text content, tool arguments as objects."""
-    shown: dict[str, Any] = {"role": message.role, "content": content_text(message)}
-    if message.name is not None:
-        shown["name"] = message.name
-    if message.tool_call_id is not None:
-        shown["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        shown["tool_calls"] = [_template_call(call) for call in message.tool_calls]
-    return shown
-
-
-def _template_call(call: ToolCall) -> dict[str, Any]:
-    function = call.function
-    arguments: object = function.parameters if function.arguments is UNSET else function.arguments
-    if isinstance(arguments, str):
-        # A model may once have written something that is no JSON: the template then shows it as it is.
-        with suppress(msgspec.DecodeError, RecursionError):
-            arguments = msgspec.json.decode(arguments)
-    return {"id": call.id, "type": call.type, "function": {"name": function.name, "arguments": arguments}}
-
-
-async def prompt_of(services: Services, body: ChatBody) -> str:
-    """Render the messages, off the event loop. A last message of the assistant is continued. Raises `TemplateError`."""
-    template = services.chat_template
-    if template is None:
-        raise TemplateError("this model has no chat template; use /generate or /v1/completions")
-    if not body.messages:
-        raise ValidationError("`messages` cannot be empty")
-    messages = [template_message(message) for message in body.messages]
-    prompt = await _render(services, template, messages)
-    last = messages[-1]
-    if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
-        found = prompt.rfind(last["content"])
-        if found >= 0:
-            return prompt[: found + len(last["content"])].rstrip()
-    return prompt
-
-
-async def _render(services: Services, template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
-    short = len(messages) <= INLINE_MESSAGES and sum(len(each["content"]) for each in messages) <= INLINE_CHARACTERS
-    if not short or services.slow_template:
-        return await asyncio.to_thread(template.render, messages)
-    began = time.perf_counter()
-    try:
-        return template.render(messages)
-    finally:
-        services.slow_template = time.perf_counter() - began > SLOW_TEMPLATE_S
 
 
 async def chat(services: Services, request: Request, raw: bytes) -> Response:
