@@ -77,6 +77,28 @@ def test_decode_rows_come_first_then_running_prefills_then_newcomers() -> None:
     assert step.plan.token_ids == [7, *[12] * 5, *[13] * 10]
 
 
+def test_a_long_prompt_leaves_room_for_a_short_one_behind_it() -> None:
+    batcher, _ = make()
+    add(batcher, 1, [11] * 200)
+    add(batcher, 2, [12] * 100)
+    finish(batcher, planned(batcher))
+    add(batcher, 3, [13] * 5)
+    step = planned(batcher)
+    assert (ids(step), step.plan.query_lens) == ([1, 2], [8, 8]), "2 came before 3, which enters in the next step"
+    finish(batcher, step)
+    step = planned(batcher)
+    assert (ids(step), step.plan.query_lens) == ([1, 2, 3], [8, 3, 5])
+    assert [sequence.request.request_id for sequence in step.sampled] == [3]
+
+
+def test_no_budget_is_kept_for_a_newcomer_that_finds_no_pages() -> None:
+    batcher, _ = make(num_pages=1 + 30)
+    add(batcher, 1, [11] * 100)
+    finish(batcher, planned(batcher))
+    add(batcher, 2, [12] * 50)
+    assert planned(batcher).plan.query_lens == [16]
+
+
 def test_a_plan_ahead_of_the_result_says_previous_token() -> None:
     batcher, _ = make()
     add(batcher, 1, [11] * 5, new=2)

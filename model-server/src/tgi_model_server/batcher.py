@@ -1,10 +1,10 @@
 """What runs in the next step: sequences and budgets in, a StepPlan out; a StepResult in, events out. No torch.
 
 Decode rows come first, then chunks of the prompts that are being prefilled, then new sequences, all in one step, up to
-the token budget. A sequence gets the pages of its prompt when it enters and one page at a time as it grows. When none
-is left, cached prefixes are evicted, then the youngest sequence is preempted: it gives its pages up, the prefix cache
-keeps what it can, and it waits at the front to be computed again. The oldest sequence is never preempted for another,
-so there is always progress.
+the token budget, which prompts share as `shares` says. A sequence gets the pages of its prompt when it enters and one
+page at a time as it grows. When none is left, cached prefixes are evicted, then the youngest sequence is preempted: it
+gives its pages up, the prefix cache keeps what it can, and it waits at the front to be computed again. The oldest
+sequence is never preempted for another, so there is always progress.
 
 Steps may be planned ahead of the results: a row whose token is not known yet says `PREVIOUS_TOKEN`, and what a step in
 flight may still touch (slots, pages) is given back only when that step is done.
@@ -27,6 +27,7 @@ from tgi_model_server.kv.pages import PageAllocator
 from tgi_model_server.kv.prefix import Node, PrefixCache
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 from tgi_model_server.sequence import Sequence
+from tgi_model_server.shares import prefill_shares
 
 if TYPE_CHECKING:
     from tgi_model_server.sampling.grammar import Constraint
@@ -202,8 +203,8 @@ class Batcher:
         preemptions = self.stats.preemptions
         prefills, stalled = self._plan_decodes(step)
         budget = self.limits.max_step_tokens - len(step.rows)
-        for sequence in prefills:
-            budget -= self._plan_prefill(step, sequence, budget)
+        for sequence, share in zip(prefills, self._shares(prefills, budget), strict=True):
+            budget -= self._plan_prefill(step, sequence, min(share, budget))
         if not stalled and self.stats.preemptions == preemptions:
             self._plan_newcomers(step, budget)
         if not step.rows:
@@ -332,6 +333,31 @@ class Batcher:
         rows.extend(sampled)
         return prefills, stalled
 
+    def _shares(self, prefills: list[Sequence], budget: int) -> list[int]:
+        """What each of `prefills` may compute of `budget`, when those that will enter in this step get theirs."""
+        remaining = [sequence.length - sequence.computed for sequence in prefills]
+        if not self.limits.chunked_prefill:
+            return [budget] * len(prefills)
+        if sum(remaining) > budget > 0:
+            remaining += self._newcomers(budget)
+        return prefill_shares(remaining, budget)[: len(prefills)]
+
+    def _newcomers(self, budget: int) -> list[int]:
+        """Tokens of the waiting sequences that could enter now, up to `budget` together; prefixes count in full."""
+        lengths: list[int] = []
+        pages = self.pages.free_pages + (self.prefix.idle_pages if self.prefix is not None else 0) - self._reserve()
+        for sequence in self._waiting[: len(self._free_slots)]:
+            pages -= -(-sequence.length // self.limits.page_size)
+            if pages < 0 or budget <= 0 or sequence.last_step > self._completed:
+                break
+            lengths.append(sequence.length)
+            budget -= sequence.length
+        return lengths
+
+    def _reserve(self) -> int:
+        """Pages that the running sequences will need soon."""
+        return -(-len(self._running) * GROWTH_STEPS // self.limits.page_size)
+
     def _plan_prefill(self, step: Step, sequence: Sequence, budget: int) -> int:
         """A row with as much of the sequence's known tokens as `budget` allows; returns how many."""
         start, length, prompt_len = sequence.computed, sequence.length, sequence.prompt_len
@@ -410,9 +436,8 @@ class Batcher:
                     node, pages = self.prefix.use(prefix)
         needed = -(-length // page_size) - cached
         idle = self.prefix.idle_pages if self.prefix is not None else 0
-        reserve = -(-len(self._running) * GROWTH_STEPS // page_size)
         if (
-            self.pages.free_pages + idle < needed + reserve
+            self.pages.free_pages + idle < needed + self._reserve()
             or not self._chunk(length - cached * page_size, budget)
             or not self._prepare_slot(sequence)
         ):
