@@ -5,7 +5,9 @@ All are frozen and hold only numbers, strings and tuples, so that they cross pro
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +26,8 @@ MAX_GRAMMAR_CHARACTERS: Mapping[GrammarKind, int] = {
     "lark": 1 << 15,
 }
 """Of a grammar's source. Compilers recurse along references, and an engine sizes its stacks for so many."""
+_JSON = json.JSONDecoder()
+_EMBEDDED = re.compile(r"%json\s*(?={)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,30 @@ class Grammar:
 
     kind: GrammarKind
     source: str
+
+    def excess(self) -> str | None:
+        """What is wrong with its length, if anything. JSON schemas in a Lark grammar count as such, all together."""
+        own = len(self.source)
+        if self.kind == "lark":
+            schemas = embedded_schemas(self.source)
+            own -= schemas
+            if schemas > (allowed := MAX_GRAMMAR_CHARACTERS["json"]):
+                return f"its JSON schemas have {schemas} characters; allowed are {allowed}"
+        if own > (allowed := MAX_GRAMMAR_CHARACTERS[self.kind]):
+            return f"it has {own} characters; allowed are {allowed}"
+        return None
+
+
+def embedded_schemas(lark: str) -> int:
+    """Characters of the JSON objects that follow ``%json`` in a Lark grammar."""
+    count = position = 0
+    while (found := _EMBEDDED.search(lark, position)) is not None:
+        try:
+            _, position = _JSON.raw_decode(lark, found.end())
+        except (ValueError, RecursionError):
+            break
+        count += position - found.end()
+    return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from tgi_gateway.api.bodies import GrammarBody, SamplingBody, StructuredOutputs
 from tgi_gateway.errors import Unsupported, ValidationError
-from tgi_gateway.types import MAX_GRAMMAR_CHARACTERS, Grammar, GrammarKind
+from tgi_gateway.types import Grammar, GrammarKind
 
 MAX_SCHEMA_DEPTH = 64
 """Objects and lists within each other."""
@@ -131,7 +131,7 @@ def _depth(value: object) -> int:
 
 
 def _bounded(grammar: Grammar) -> Grammar:
-    allowed, given = MAX_GRAMMAR_CHARACTERS[grammar.kind], len(grammar.source)
-    if given > allowed:
-        raise ValidationError(f"grammar is not valid: it has {given} characters; allowed are {allowed}")
+    excess = grammar.excess()
+    if excess is not None:
+        raise ValidationError(f"grammar is not valid: {excess}")
     return grammar

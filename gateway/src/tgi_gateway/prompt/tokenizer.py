@@ -70,6 +70,10 @@ class Tokenizer:
             token_id: token.content for token_id, token in inner.get_added_tokens_decoder().items() if token.special
         }
         """Special tokens, which are no part of a text, by id."""
+        self.added_tokens: Mapping[str, int] = {
+            token.content: token_id for token_id, token in inner.get_added_tokens_decoder().items()
+        }
+        """Ids of the tokens that were added to the vocabulary, special or not, by text."""
         self.special_tokens: Mapping[str, str | list[str]] = named_special_tokens(config)
         """`bos_token`, `eos_token` and so on, as chat templates know them."""
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)

@@ -21,7 +21,7 @@ from llguidance.numpy import fill_next_token_bitmask
 
 from tgi_gateway.errors import ValidationError
 from tgi_gateway.prompt.tokenizer import Tokenizer
-from tgi_gateway.types import MAX_GRAMMAR_CHARACTERS, Grammar
+from tgi_gateway.types import Grammar
 
 Words: TypeAlias = npt.NDArray[np.int32]
 """One bit per token, the lowest first."""
@@ -52,7 +52,7 @@ class Vocabulary:
     words: int
     """int32 words of a mask: at least `size` bits."""
     producible: Words
-    """Tokens that a constrained answer may hold: all that are text, and end-of-sequence."""
+    """Tokens that a constrained answer may hold: those of the model, less what llguidance alone takes for an end."""
     eos_token_ids: tuple[int, ...]
 
     @staticmethod
@@ -63,9 +63,9 @@ class Vocabulary:
         # The text itself: a name might be looked up somewhere else.
         tokenizer = LLTokenizer(source.to_json(), n_vocab=max(size, source.vocab_size), eos_token=eos or None)
         words = -(-tokenizer.vocab_size // 32)
-        special = [token for token in range(tokenizer.vocab_size) if tokenizer.is_special_token(token)]
-        # Without an end-of-sequence token llguidance takes one by its name; nothing ends the model's answers with it.
-        banned = {*special, *source.special_texts, *tokenizer.eos_tokens, *range(size, words * 32)} - set(eos)
+        # Special tokens are no text to llguidance: only a grammar that names them lets them through. Without an
+        # end-of-sequence token it takes one by its name; nothing ends the model's answers with it.
+        banned = {*tokenizer.eos_tokens, *range(size, words * 32)} - set(eos)
         producible = np.full(words, -1, np.int32)
         clear(producible, sorted(banned))
         return Vocabulary(tokenizer, size, words, producible, tuple(eos))
@@ -106,11 +106,11 @@ class Constraint:
 def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> LLMatcher:
     """A matcher at the start of `grammar`, its first mask computed once. Raises `ValidationError` with the reason.
 
-    Needs a stack of hundreds of megabytes: see `MAX_GRAMMAR_CHARACTERS`.
+    Needs a stack of hundreds of megabytes: see `types.MAX_GRAMMAR_CHARACTERS`.
     """
-    allowed, given = MAX_GRAMMAR_CHARACTERS[grammar.kind], len(grammar.source)
-    if given > allowed:
-        raise ValidationError(f"grammar is not valid: it has {given} characters; allowed are {allowed}")
+    excess = grammar.excess()
+    if excess is not None:
+        raise ValidationError(f"grammar is not valid: {excess}")
     try:
         text = _as_llguidance(grammar)
     except (ValueError, RecursionError) as error:

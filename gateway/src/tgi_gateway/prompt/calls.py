@@ -1,0 +1,411 @@
+"""How model families write tool calls: one coroutine each, from the growing text of an answer to its parts.
+
+What only looks like a call becomes text, as it was written. Once a call's name is known it is a call: its arguments
+are passed on as they grow, whatever they turn out to be.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+from tgi_gateway.prompt.answer import Malformed, Scanner, Steps
+
+Tools: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""The parameters' JSON schema of each tool on offer, by name."""
+CallsParser: TypeAlias = Callable[[Scanner, Tools], Steps]
+
+_NAME_KEYS = frozenset({"name", "tool_name", "function_name"})
+_ARGUMENT_KEYS = frozenset({"arguments", "parameters", "args", "input"})
+_OTHER_KEYS = frozenset({"id", "type", "tool_call_id", "function", "index"})
+_IDENTIFIER = re.compile(r"[A-Za-z_][\w.\-]*")
+
+
+def _call_object(s: Scanner, only: Tools | None) -> Steps:
+    """One ``{"name": ..., "arguments": {...}}``. With `only`, it is a call only if it names one of these tools.
+
+    Raises `Malformed`.
+    """
+    yield from s.literal("{")
+    begun = False
+    early: list[str] = []
+    """Arguments that came before the name."""
+    given = False
+    if (yield from s.peek()) == "}":
+        raise Malformed
+    while True:
+        key = yield from s.string()
+        yield from s.literal(":")
+        if key in _NAME_KEYS or (key == "function" and (yield from s.peek()) == '"'):
+            name = yield from s.string()
+            if begun or not name or (only is not None and name not in only):
+                raise Malformed
+            s.begin(name)
+            begun = True
+            if given:
+                s.arguments("".join(early))
+        elif key == "function" and not begun:
+            yield from _call_object(s, only)
+            begun = given = True
+        elif key in _ARGUMENT_KEYS:
+            yield from _arguments(s, s.arguments if begun else early.append)
+            given = True
+        elif only is not None and not begun and key not in _OTHER_KEYS:
+            raise Malformed
+        else:
+            yield from s.value(_nowhere)
+        if (yield from s.peek()) != ",":
+            break
+        s.take(1)
+    yield from s.literal("}")
+    if not begun:
+        raise Malformed
+    if not given:
+        s.arguments("{}")
+
+
+def _arguments(s: Scanner, emit: Callable[[str], None]) -> Steps:
+    """An object as it is, or the text of one."""
+    first = yield from s.peek()
+    if first == '"':
+        emit((yield from s.string()).strip() or "{}")
+    elif first == "n":
+        yield from s.value(_nowhere)
+        emit("{}")
+    else:
+        yield from s.value(emit)
+
+
+def _nowhere(_: str) -> None:
+    pass
+
+
+def _call_objects(s: Scanner, only: Tools | None) -> Steps:
+    """A call, several in a list, or several one after the other."""
+    if (yield from s.peek()) == "[":
+        s.take(1)
+        yield from _call_object(s, only)
+        while (yield from s.peek()) == ",":
+            s.take(1)
+            yield from _call_object(s, only)
+        yield from s.literal("]")
+        return
+    yield from _call_object(s, only)
+    while (yield from s.peek()) in (";", ","):
+        s.take(1)
+        yield from _call_object(s, only)
+
+
+def _attempt(s: Scanner, before: str, steps: Steps) -> Generator[None, None, bool]:
+    """Run `steps`; what they consumed is text, after `before`, unless they began a call. Returns whether they did."""
+    s.checkpoint(before)
+    with suppress(Malformed):
+        yield from steps
+    if s.committed:
+        return True
+    s.restore()
+    return False
+
+
+def marked(begins: tuple[str, ...], ends: tuple[str, ...] = ()) -> CallsParser:
+    """JSON calls between marks: Hermes, Qwen, Granite, Phi, Command-R. Without an end mark they end the answer."""
+
+    def parse(s: Scanner, tools: Tools) -> Steps:
+        while mark := (yield from s.until(begins, s.text)):
+            if not (yield from _attempt(s, mark, _marked_call(s, tools))):
+                continue
+            # What stands between the call and its end mark belongs to neither.
+            if ends:
+                while (yield from s.until((*ends, *begins), _nowhere)) in begins:
+                    yield from _attempt(s, "", _marked_call(s, tools))
+
+    return parse
+
+
+def _marked_call(s: Scanner, tools: Tools) -> Steps:
+    if (yield from s.peek()) == "<":
+        yield from _tagged_call(s, tools)
+    else:
+        yield from _call_objects(s, None)
+
+
+def _tagged_call(s: Scanner, tools: Tools) -> Steps:
+    """Qwen3-Coder: ``<function=NAME><parameter=KEY>VALUE</parameter>...</function>``."""
+    yield from s.literal("<function=")
+    name = yield from _line_until(s, ">")
+    s.begin(name)
+    properties = tools.get(name, {}).get("properties")
+    separator = "{"
+    while True:
+        yield from s.peek()
+        if not (yield from s.starts_with("<parameter=")):
+            break
+        key = yield from _line_until(s, ">")
+        parts: list[str] = []
+        if not (yield from s.until(("</parameter>",), parts.append)):
+            raise Malformed
+        schema = properties.get(key) if isinstance(properties, dict) else None
+        s.arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: {_typed(''.join(parts), schema)}")
+        separator = ", "
+    s.arguments("{}" if separator == "{" else "}")
+    yield from s.literal("</function>")
+
+
+def _typed(text: str, schema: object) -> str:
+    """A value that was written without quotes, as JSON of the type that its schema says."""
+    text = text.removeprefix("\n").removesuffix("\n")
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if kind != "string":
+        try:
+            return json.dumps(json.loads(text), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            if text.strip() in ("True", "False"):
+                return text.strip().lower()
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _line_until(s: Scanner, mark: str) -> Generator[None, None, str]:
+    parts: list[str] = []
+    if not (yield from s.until((mark,), parts.append)):
+        raise Malformed
+    name = "".join(parts).strip()
+    if not name or "\n" in name:
+        raise Malformed
+    return name
+
+
+def leading(tags: tuple[str, ...] = ()) -> CallsParser:
+    """JSON calls that are the whole answer, or follow one of `tags`: Llama 3, and models without a form of their own.
+
+    Only the name of a tool on offer makes a call of an object.
+    """
+
+    def parse(s: Scanner, tools: Tools) -> Steps:
+        yield from _attempt(s, "", _fenced_call(s, tools))
+        while mark := (yield from s.until(tags, s.text)):
+            yield from _attempt(s, mark, _call_objects(s, tools))
+
+    return parse
+
+
+def _fenced_call(s: Scanner, tools: Tools) -> Steps:
+    yield from s.peek()
+    fence = yield from s.starts_with("```json", "```")
+    yield from _call_objects(s, tools)
+    if fence:
+        yield from s.literal("```")
+
+
+def pythonic(s: Scanner, tools: Tools) -> Steps:
+    """Llama 3.2 and 4: ``[name(key="value", other=3), second()]``, also between ``<|python_start|>`` marks."""
+    yield from _attempt(s, "", _call_expressions(s, tools))
+    while mark := (yield from s.until(("<|python_start|>", "<|python_end|>"), s.text)):
+        if mark == "<|python_start|>":
+            yield from _attempt(s, mark, _call_expressions(s, tools))
+
+
+def _call_expressions(s: Scanner, tools: Tools) -> Steps:
+    yield from s.peek()
+    yield from s.starts_with("<|python_start|>")
+    if (yield from s.peek()) == "{":
+        yield from _call_objects(s, tools)  # the form in which calls are required
+        return
+    yield from s.literal("[")
+    yield from _call_expression(s, tools)
+    while (yield from s.peek()) == ",":
+        s.take(1)
+        yield from _call_expression(s, tools)
+    yield from s.literal("]")
+
+
+def _call_expression(s: Scanner, tools: Tools) -> Steps:
+    yield from s.peek()
+    name = yield from _identifier(s)
+    yield from s.literal("(")
+    if name not in tools:
+        raise Malformed
+    s.begin(name)
+    separator = "{"
+    while (yield from s.peek()) != ")":
+        key = yield from _identifier(s)
+        yield from s.literal("=")
+        value = yield from _expression(s)
+        s.arguments(f"{separator}{json.dumps(key)}: {value}")
+        separator = ", "
+        if (yield from s.peek()) == ",":
+            s.take(1)
+    s.take(1)
+    s.arguments("{}" if separator == "{" else "}")
+
+
+def _identifier(s: Scanner) -> Generator[None, None, str]:
+    while True:
+        found = _IDENTIFIER.match(s.buffer)
+        if found is not None and (found.end() < len(s.buffer) or s.ended):
+            return s.take(found.end())
+        if s.ended or (s.buffer and found is None):
+            raise Malformed
+        yield
+
+
+def _expression(s: Scanner) -> Generator[None, None, str]:
+    """One Python literal, as JSON."""
+    while True:
+        end = _expression_end(s.buffer)
+        if end is not None:
+            text = s.take(end)
+            try:
+                return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                pass
+            try:
+                return json.dumps(json.loads(text), ensure_ascii=False)  # true, false, null
+            except (ValueError, RecursionError):
+                return json.dumps(text.strip(), ensure_ascii=False)
+        yield from s.more()
+
+
+def _expression_end(text: str) -> int | None:
+    """Where a top-level ``,`` or ``)`` ends the expression; None: not yet."""
+    depth, quote, at = 0, "", 0
+    while at < len(text):
+        char = text[at]
+        if quote:
+            if char == "\\":
+                at += 1
+            elif char == quote:
+                quote = ""
+        elif char in "\"'":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            if depth == 0:
+                return at
+            depth -= 1
+        elif char == "," and depth == 0:
+            return at
+        at += 1
+    return None
+
+
+def mistral(s: Scanner, _: Tools) -> Steps:
+    """``[TOOL_CALLS] [{"name": ..., "arguments": {...}}]``, later ``[TOOL_CALLS]name[ARGS]{...}`` for each call."""
+    mark = yield from s.until(("[TOOL_CALLS]",), s.text)
+    while mark:
+        yield from _attempt(s, mark, _mistral_call(s))
+        mark = yield from s.until(("[TOOL_CALLS]",), s.text)
+
+
+def _mistral_call(s: Scanner) -> Steps:
+    first = yield from s.peek()
+    if first in ("[", "{"):
+        # The list's bracket may be that of the next mark.
+        yield from _call_objects(s, None)
+        return
+    name = yield from _name_before(s, ("[CALL_ID]", "[ARGS]", "{"))
+    s.begin(name)
+    yield from s.value(s.arguments)
+
+
+def _name_before(s: Scanner, marks: tuple[str, ...]) -> Generator[None, None, str]:
+    parts: list[str] = []
+    mark = yield from s.until(marks, parts.append)
+    name = "".join(parts).strip()
+    if not mark or not name or "\n" in name:
+        raise Malformed
+    if mark == "[CALL_ID]":
+        mark = yield from s.until(("[ARGS]", "{"), _nowhere)
+    if mark == "{":
+        s.buffer = mark + s.buffer
+    return name
+
+
+DEEPSEEK_MARKS = tuple(f"<｜tool▁{word}｜>" for word in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
+
+
+def deepseek(s: Scanner, _: Tools) -> Steps:
+    """V3 and R1: a kind, the name, and the arguments in a fence. V3.1: the name and the arguments."""
+    calls_begin, call_begin, sep, call_end, calls_end = DEEPSEEK_MARKS
+    while mark := (yield from s.until((calls_begin, call_begin), s.text)):
+        if mark == calls_begin:
+            yield from s.peek()
+            inner = yield from s.starts_with(call_begin)
+            if not inner:
+                s.text(mark)
+                continue
+            mark += inner
+        while mark:
+            called = yield from _attempt(s, mark, _deepseek_call(s, sep))
+            if not called:
+                break
+            mark = yield from s.until((call_end, calls_end, call_begin), _nowhere)
+            if mark == call_end:
+                yield from s.peek()
+                mark = yield from s.starts_with(call_begin, calls_end)
+            if mark == calls_end:
+                break
+
+
+def _deepseek_call(s: Scanner, sep: str) -> Steps:
+    name = yield from _line_until(s, sep)
+    if (yield from s.peek()) != "{":
+        name = yield from _line_until(s, "\n")
+        yield from s.literal("```")
+        yield from s.starts_with("json")
+        if (yield from s.peek()) != "{":
+            raise Malformed
+    s.begin(name)
+    yield from s.value(s.arguments)
+
+
+def command_r(s: Scanner, _: Tools) -> Steps:
+    """R7B and A: a list between marks, the answer in marks as well. The first ones: ``Action:`` and a fenced list."""
+    marks = ("<|START_ACTION|>", "Action: ```json", "Action:\n```json")
+    shells = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")
+    while mark := (yield from s.until((*marks, *shells), s.text)):
+        if mark in shells:
+            continue
+        end = "<|END_ACTION|>" if mark == marks[0] else "```"
+        if (yield from _attempt(s, mark, _call_objects(s, None))):
+            yield from s.until((end,), _nowhere)
+
+
+def harmony(s: Scanner, _: Tools) -> Steps:
+    """gpt-oss: messages with a channel and perhaps a recipient, each ``header<|message|>body<|end|>``.
+
+    https://cookbook.openai.com/articles/openai-harmony. The prompt ends with ``<|start|>assistant``.
+    """
+    ends = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+    while True:
+        header: list[str] = []
+        mark = yield from s.until(("<|message|>", *ends), header.append)
+        if mark != "<|message|>":
+            if not mark:
+                s.text("".join(header) if "<|channel|>" not in "".join(header) else "")
+                return
+            if mark not in ("<|start|>", "<|end|>") or "".join(header).strip() not in ("", "assistant"):
+                s.text("".join(header))
+            continue
+        yield from _harmony_body(s, "".join(header), ends)
+
+
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.\-]+)")
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+
+
+def _harmony_body(s: Scanner, header: str, ends: tuple[str, ...]) -> Steps:
+    recipient, channel = _RECIPIENT.search(header), _CHANNEL.search(header)
+    if recipient is not None:
+        s.begin(recipient[1])
+        if (yield from s.peek()) in ("<", ""):
+            s.arguments("{}")
+        yield from s.until(ends, s.arguments)
+    elif channel is not None and channel[1] == "analysis":
+        yield from s.until(ends, s.thought)
+    else:
+        yield from s.until(ends, s.text)

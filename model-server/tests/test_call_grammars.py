@@ -1,0 +1,133 @@
+"""Grammars of tool calls, compiled and followed: what they hold, what they leave free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tgi_demo_model import model_path
+from tgi_gateway.errors import ValidationError
+from tgi_gateway.prompt import call_grammar
+from tgi_gateway.prompt.reasoning import REASONING
+from tgi_gateway.prompt.tokenizer import Tokenizer
+from tgi_gateway.prompt.tools import FAMILIES, Tool
+from tgi_gateway.types import Grammar
+from tgi_model_server.sampling.grammar import Vocabulary, compile_grammar
+
+WEATHER = Tool("get_weather", None, {"properties": {"city": {"type": "string"}}, "required": ["city"]})
+ADD = Tool("add", None, {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+TOOLS = (WEATHER, ADD)
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "get_weather", "arguments": {"city":"Ö<tool\\n"}}\n</tool_call>'
+WRONG = '<tool_call>\n{"name": "add", "arguments": {"b": 1}}\n</tool_call>'
+UNKNOWN = '<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call>'
+Follows = Callable[[Grammar, str], bool]
+HERMES = FAMILIES["hermes"].form
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(model_path())
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    return Vocabulary.load(model_path(), tokenizer.vocab_size, tokenizer.eos_token_ids)
+
+
+@pytest.fixture
+def follows(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Follows:
+    def follows(grammar: Grammar, answer: str) -> bool:
+        """Whether `answer`, in the model's own tokens, keeps to the grammar up to a possible end."""
+        matcher = compile_grammar(vocabulary, grammar)
+        ids = tokenizer.encode(answer, False).ids
+        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+    return follows
+
+
+def required(tokenizer: Tokenizer, *, parallel: bool = True, thinks: bool = False, opened: bool = False) -> Grammar:
+    marks = REASONING["think"] if thinks else None
+    added = tokenizer.added_tokens
+    return call_grammar.required(HERMES, TOOLS, added, parallel=parallel, thinks=marks, opened=opened)
+
+
+def test_required_calls_are_calls_of_the_tools_and_nothing_else(tokenizer: Tokenizer, follows: Follows) -> None:
+    grammar = required(tokenizer)
+    assert follows(grammar, CALL)
+    assert follows(grammar, f"{CALL}\n{OTHER}")
+    for answer in ("", "hello", f"Hi {CALL}", f"{CALL} yes", WRONG, UNKNOWN, f"{CALL}{CALL}"):
+        assert not follows(grammar, answer)
+    assert not follows(required(tokenizer, parallel=False), f"{CALL}\n{CALL}")
+
+
+def test_a_thought_may_come_before_required_calls(tokenizer: Tokenizer, follows: Follows) -> None:
+    grammar = required(tokenizer, thinks=True)
+    assert follows(grammar, CALL)
+    assert follows(grammar, f"<think>\nWhich one?\n</think>\n\n{CALL}")
+    assert not follows(grammar, f"Which one?\n</think>\n\n{CALL}")
+    grammar = required(tokenizer, thinks=True, opened=True)
+    assert follows(grammar, f"\nWhich one?\n</think>\n\n{CALL}")
+    assert not follows(grammar, "Which one?</think>hello")
+    assert not follows(grammar, CALL)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_allowed_calls_leave_words_free_and_hold_what_follows_the_mark(
+    tokenizer: Tokenizer, follows: Follows, parallel: bool
+) -> None:
+    grammar = call_grammar.allowed(HERMES, TOOLS, tokenizer.added_tokens, tokenizer.eos_token_ids, parallel=parallel)
+    for answer in ("", "Hello!", CALL, f"Let me see.\n{OTHER}", "<tools> {", "</tool_call>", "<|im_start|>user"):
+        assert follows(grammar, answer)
+    for answer in ("<tool_call>", "<tool_call>hello", WRONG, UNKNOWN, f"Hm {WRONG}"):
+        assert not follows(grammar, answer)
+    assert follows(grammar, f"{CALL}\n{CALL}\nDone.") is parallel
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_every_familys_grammar_compiles(
+    name: str, parallel: bool, tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    family, added = FAMILIES[name], tokenizer.added_tokens
+    for thinks in (family.thinks, *REASONING.values()):
+        compile_grammar(
+            vocabulary,
+            call_grammar.required(family.form, TOOLS, added, parallel=parallel, thinks=thinks, opened=False),
+        )
+    if family.form.trigger:
+        compile_grammar(
+            vocabulary, call_grammar.allowed(family.form, TOOLS, added, tokenizer.eos_token_ids, parallel=parallel)
+        )
+
+
+def test_a_mark_that_is_plain_text_is_found_in_the_text(tokenizer: Tokenizer, follows: Follows) -> None:
+    form = FAMILIES["mistral"].form
+    grammar = call_grammar.allowed(form, TOOLS, tokenizer.added_tokens, tokenizer.eos_token_ids, parallel=True)
+    good = '[TOOL_CALLS][{"name": "add", "arguments": {"a": 2}}, {"name": "add", "arguments": {"a": 3}}]'
+    assert follows(grammar, f"Well, {good}")
+    assert follows(grammar, "[TOOL or not, <tool_call>")
+    assert not follows(grammar, '[TOOL_CALLS][{"name": "sub"')
+
+
+def test_what_a_schema_says_beyond_the_compiler_matters_only_where_calls_are_required(
+    tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    odd = Tool("odd", None, {"properties": {"x": {"type": "array", "uniqueItems": True}}})
+    added, ends = tokenizer.added_tokens, tokenizer.eos_token_ids
+    compile_grammar(vocabulary, call_grammar.allowed(HERMES, [odd], added, ends, parallel=True))
+    with pytest.raises(ValidationError, match="uniqueItems"):
+        compile_grammar(
+            vocabulary, call_grammar.required(HERMES, [odd], added, parallel=True, thinks=None, opened=False)
+        )
+
+
+def test_large_schemas_fit_into_a_grammar_of_calls(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    large = [
+        Tool(f"tool_{n}", None, {"properties": {f"field_{i}": {"type": "string"} for i in range(40)}})
+        for n in range(60)
+    ]
+    grammar = call_grammar.required(HERMES, large, tokenizer.added_tokens, parallel=True, thinks=None, opened=False)
+    assert len(grammar.source) > 80_000
+    compile_grammar(vocabulary, grammar)
