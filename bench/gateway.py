@@ -22,7 +22,6 @@ import asyncio
 import functools
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -41,6 +40,7 @@ import msgspec
 import tokenizers
 import uvicorn
 import uvloop
+from machine import ROOT, machine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tgi_gateway.backend import ALL_FEATURES, Backend, Capabilities, Capacity, Emit, ModelInfo
@@ -50,7 +50,6 @@ from tgi_gateway.settings import Settings
 from tgi_gateway.types import Finished, Request, StepEvents, Usage
 from tgi_gateway.wire.server import serve
 
-ROOT = Path(__file__).resolve().parent.parent
 CHUNK = (
     b'data: {"index":17,"token":{"id":1234,"text":" token","logprob":-0.5,"special":false},'
     b'"generated_text":null,"details":null}\n\n'
@@ -515,21 +514,6 @@ class Results:
     model: str
     throughput: list[Throughput]
     latency: list[Latency]
-
-
-def machine() -> dict[str, object]:
-    cpu = next(
-        (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),  # noqa: SIM115
-        platform.machine(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "commit": commit.strip(),
-    }
 
 
 async def bench(folder: Path, *, seconds: float, streams: int, tokens: int, offered: int) -> Results:

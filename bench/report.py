@@ -87,6 +87,16 @@ class Measured:
             gaps.extend([0.0] * (count - 1))
             before = at
 
+    def add(self, other: Measured) -> None:
+        """Count what another client measured at the same time; `seconds` stays as it is."""
+        for name in ("answers", "input_tokens", "output_tokens", "chunks", "short", "unfinished"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.errors.update(other.errors)
+        self.example = {**other.example, **self.example}
+        for name, values in other.times.items():
+            self.times[name].extend(values)
+        self.late.extend(other.late)
+
     def summary(self) -> dict[str, Any]:
         """Seconds, tokens and counts, ready for JSON."""
         seconds = self.seconds or float("nan")

@@ -19,15 +19,16 @@ import signal
 import sys
 import time
 from array import array
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import report
 from streams import BadAnswer, Pool, Target
 from workload import ROUTES, Api, Ask, Lengths, PromptMaker, apis, asks, poisson
 
+T = TypeVar("T")
 LAG_PROBE_S = 0.01
 BUSY_SHARE = 0.85
 """Above this share of a core the generator is a part of what it measures."""
@@ -281,13 +282,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         all_loads = loads(options)
     except (ValueError, OSError) as error:
         made.error(str(error))
-    _raise_file_limit()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        try:
-            document = runner.run(run(options, all_loads))
-        except Unusable as error:
-            print(error, file=sys.stderr)
-            return 1
+    raise_file_limit()
+    try:
+        document = run_in_loop(run(options, all_loads))
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return 1
     print(report.table(document))
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
@@ -296,15 +296,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(target["answers"] and not target["errors"] for target in document["targets"]) else 1
 
 
-def _loop_factory() -> Any:
+def run_in_loop(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` in the fastest event loop there is."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None
     try:
         import uvloop
     except ImportError:
-        return None
-    return uvloop.new_event_loop
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """One connection is one file."""
     if os.name == "posix":
         import resource

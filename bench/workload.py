@@ -75,19 +75,20 @@ class PromptMaker:
     def make(self, tokens: int) -> tuple[str, int]:
         """(prompt, its tokens): as many as asked for, or nearly."""
         own = max(tokens - self._shared_tokens, 0)
-        text = f"{self._shared} {self._text(self._random, own)}".strip()
+        # Measured with its space, without which a first word may be other tokens than later ones.
+        text = self._shared + self._text(self._random, own, " " if self._shared else "")
         return text, self._count(text)
 
-    def _text(self, rng: random.Random, tokens: int) -> str:
+    def _text(self, rng: random.Random, tokens: int, lead: str = "") -> str:
         if not tokens:
             return ""
         if self._tokenizer is None:
-            return " ".join(rng.choices(self._words, k=max(1, round(tokens / TOKENS_PER_WORD))))
+            return lead + " ".join(rng.choices(self._words, k=max(1, round(tokens / TOKENS_PER_WORD))))
         text = ""
         words = tokens
         while True:
-            text = f"{text} {' '.join(rng.choices(self._words, k=words))}".strip()
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            text = f"{text or lead}{' ' if text else ''}{' '.join(rng.choices(self._words, k=words))}"
+            encoding = self._encode(text)
             if len(encoding.ids) >= tokens:
                 return text[: encoding.offsets[tokens - 1][1]]
             words = tokens - len(encoding.ids) + 1
@@ -95,7 +96,10 @@ class PromptMaker:
     def _count(self, text: str) -> int:
         if self._tokenizer is None:
             return round(len(text.split()) * TOKENS_PER_WORD)
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return len(self._encode(text).ids)
+
+    def _encode(self, text: str) -> Any:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclass(frozen=True, slots=True)
