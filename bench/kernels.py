@@ -129,7 +129,6 @@ class Bench:
         for tokens in shape.tokens:
             moved = 2 * tokens * shape.hidden
             yield Case("rms_norm", f"{tokens} tokens", lambda tokens=tokens: self._norm(tokens), 2 * moved)  # type: ignore[misc]
-            yield Case("add_rms_norm", f"{tokens} tokens", lambda tokens=tokens: self._add_norm(tokens), 4 * moved)  # type: ignore[misc]
             gate = 2 * tokens * shape.inner
             yield Case("silu_mul", f"{tokens} tokens", lambda tokens=tokens: self._gate(tokens), 3 * gate)  # type: ignore[misc]
             turned = 2 * 2 * tokens * (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 4 * tokens * shape.head_dim
@@ -150,18 +149,6 @@ class Bench:
         x, weight = self._random(tokens, self.shape.hidden), self._random(self.shape.hidden)
         wanted = self.reference.rms_norm(x.float(), weight.float(), 1e-5)
         return Work(lambda: self.ops.rms_norm(x, weight, 1e-5), lambda found: error(found, wanted))
-
-    def _add_norm(self, tokens: int) -> Work:
-        """Overwrites its inputs: only the first call of a work is what the reference computed."""
-        x, residual = self._random(tokens, self.shape.hidden), self._random(tokens, self.shape.hidden)
-        weight = self._random(self.shape.hidden)
-        wanted = self.reference.add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
-
-        def check(found: object) -> float:
-            assert isinstance(found, tuple)
-            return max(error(one, other) for one, other in zip(found, wanted, strict=True))
-
-        return Work(lambda: self.ops.add_rms_norm(x, residual, weight, 1e-5), check)
 
     def _gate(self, tokens: int) -> Work:
         gate_up = self._random(tokens, 2 * self.shape.inner)

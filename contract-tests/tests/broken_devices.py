@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from tgi_contract_tests.device import DeviceContract
-from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, KVLayout, MemoryFigures, StepLimits
+from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, KVLayout, MemoryFigures, Norm, StepLimits
 from tgi_model_server.plan import StepPlan
-from tgi_model_server.reference import ReferenceOps, ReferencePlan
+from tgi_model_server.reference import ReferenceOps, ReferencePlan, split_heads
 from tgi_model_server.step import AttentionPlan, StepInput
 from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
 
@@ -54,8 +54,10 @@ class NormsOverTheWholeRow(_WithOps):
 
 class DropsTheResidual(_WithOps):
     class OPS(ReferenceOps):
-        def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
-            return super().add_rms_norm(x, residual, weight, eps)[0], x
+        def linear_add(
+            self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+        ) -> torch.Tensor:
+            return super().linear_add(x, weight, bias, torch.zeros_like(residual) if len(x) > 1 else residual)
 
 
 class RotatesNeighbours(_WithOps):
@@ -78,6 +80,42 @@ class GatesTheWrongHalf(_WithOps):
         def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
             up, gate = gate_up.float().chunk(2, dim=-1)
             return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+class NormsAfterTheProduct(_WithOps):
+    class OPS(ReferenceOps):
+        def norm_linear(
+            self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None
+        ) -> torch.Tensor:
+            out = self.linear(x, weight, bias)
+            return self.rms_norm(out, torch.ones_like(out[0]), norm.eps)
+
+
+class LogitsWithoutTheNorm(_WithOps):
+    class OPS(ReferenceOps):
+        def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+            del norm
+            return self.linear(x, weight, None).float()
+
+
+class ChoosesTheLastOfEquals(_WithOps):
+    class OPS(ReferenceOps):
+        def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits.shape[-1] - 1 - logits.flip(-1).argmax(-1)
+
+
+class RotatesTheValues(_WithOps):
+    """Only in the whole piece; the single operations are sound."""
+
+    class OPS(ReferenceOps):
+        def rope_attention(
+            self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
+        ) -> torch.Tensor:
+            shape = more[3]
+            q, k, v = split_heads(qkv.clone(), shape)
+            v.copy_(self.rope(v, v, cos, sin)[0])
+            turned = torch.cat((q, k, v), dim=1).flatten(1)
+            return super().rope_attention(turned, cos, sin, *more, **named)
 
 
 class NormsInPlace(_WithOps):
@@ -155,8 +193,10 @@ class MixesUpHeadGroups(_WithOps):
 
 
 class KeepsThePlansLists(ReferenceDevice):
-    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> ReferencePlan:
-        planned = super().plan_attention(plan, shape, layout)
+    def plan_attention(
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> ReferencePlan:
+        planned = super().plan_attention(plan, shape, layout, bucket)
         return replace(planned, pages=cast(tuple[tuple[int, ...], ...], plan.pages))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 BROKEN = Path(__file__).with_name("broken_devices.py")
 ATTENTION = {
+    "test_rope_attention",
     "test_attention_at_each_length",
     "test_attention_of_mixed_rows",
     "test_attention_of_many_decode_rows",
@@ -19,13 +20,17 @@ ATTENTION = {
 }
 CAUGHT_BY: dict[str, set[str]] = {
     "SoundDevice": set(),
-    "ForgetsTheBias": {"test_linear"},
-    "RoundsInLinear": {"test_linear"},
-    "NormsOverTheWholeRow": {"test_rms_norm_of_heads"},
-    "DropsTheResidual": {"test_add_rms_norm"},
-    "RotatesNeighbours": {"test_rope"},
-    "GatesTheWrongHalf": {"test_silu_mul"},
-    "NormsInPlace": {"test_operations_leave_their_inputs_alone", "test_add_rms_norm"},
+    "ForgetsTheBias": {"test_linear", "test_linear_add", "test_norm_linear", "test_norm_gated"},
+    "RoundsInLinear": {"test_linear", "test_linear_add", "test_norm_linear", "test_norm_gated", "test_logits"},
+    "NormsOverTheWholeRow": {"test_rms_norm_of_heads", "test_rope_attention"},
+    "DropsTheResidual": {"test_linear_add"},
+    "NormsAfterTheProduct": {"test_norm_linear", "test_norm_gated", "test_logits"},
+    "LogitsWithoutTheNorm": {"test_logits"},
+    "ChoosesTheLastOfEquals": {"test_argmax_takes_the_first_of_the_largest"},
+    "RotatesTheValues": {"test_rope_attention"},
+    "RotatesNeighbours": {"test_rope", "test_rope_attention"},
+    "GatesTheWrongHalf": {"test_silu_mul", "test_norm_gated"},
+    "NormsInPlace": {"test_operations_leave_their_inputs_alone"},
     "WritesOneFurther": ATTENTION | {"test_write_kv_changes_the_named_slots_and_no_other"},
     "IgnoresTheWindow": {"test_attention_in_a_sliding_window"},
     "WindowIsOneTooWide": {"test_attention_in_a_sliding_window"},

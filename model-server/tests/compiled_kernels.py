@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tgi_model_server.device import AttentionShape, KVLayout
+from tgi_model_server.device import AttentionShape, HeadNorms, KVLayout
 from tgi_model_server.kernels.ahead import TARGETS, Built, build, launches
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import triton_plan
-from tgi_model_server.kernels.rope import HeadNorms
 from tgi_model_server.plan import StepPlan
 
 assert not interpreted(), "interpreted kernels cannot be compiled"
@@ -77,7 +76,6 @@ OPS = TritonOps()
 SIMPLE: dict[str, Callable[[], object]] = {
     "rms_norm": lambda: OPS.rms_norm(empty(64, HIDDEN), empty(HIDDEN), 1e-5),
     "rms_norm of heads": lambda: OPS.rms_norm(stacked(64, LLAMA_8B)[0], empty(128), 1e-5),
-    "add_rms_norm": lambda: OPS.add_rms_norm(empty(64, HIDDEN), empty(64, HIDDEN), empty(HIDDEN), 1e-5),
     "silu_mul": lambda: OPS.silu_mul(empty(64, 2 * INNER)),
     "rope": lambda: OPS.rope(*stacked(64, LLAMA_8B)[:2], *[empty(64, 64, dtype=torch.float32)] * 2),
     "rope and write": lambda: turn_and_store(TUNINGS["sm"], None),

@@ -16,13 +16,12 @@ import torch
 
 from tgi_contract_tests.device import DeviceContract
 from tgi_model_server.buckets import pad_plan
-from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, KVLayout, StepLimits
+from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, HeadNorms, KVLayout, StepLimits
 from tgi_model_server.kernels import sampling
 from tgi_model_server.kernels.decode import choose_splits
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
-from tgi_model_server.kernels.rope import HeadNorms
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, reference_plan
 from tgi_model_server.sampling import filters
@@ -94,13 +93,14 @@ def test_rms_norm_of_heads_inside_a_stacked_projection(dtype: torch.dtype, heads
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 33])
-def test_add_rms_norm_leaves_the_sum_in_the_residual(dtype: torch.dtype, tokens: int) -> None:
-    x, residual, weight = (torch.randn(*size).to(dtype) for size in ((tokens, 96), (tokens, 96), (96,)))
-    wanted = REFERENCE.add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
-    normed, total = OPS.add_rms_norm(x, residual, weight, 1e-5)
-    assert total is residual
-    close(normed, wanted[0])
-    close(residual, wanted[1])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_add_puts_the_sum_into_the_residual(dtype: torch.dtype, tokens: int, has_bias: bool) -> None:
+    x, weight, residual = (torch.randn(*size).to(dtype) for size in ((tokens, 96), (80, 96), (tokens, 80)))
+    bias = torch.randn(80).to(dtype) if has_bias else None
+    wide = None if bias is None else bias.float()
+    wanted = REFERENCE.linear_add(x.float(), weight.float(), wide, residual.float())
+    assert OPS.linear_add(x, weight, bias, residual) is residual
+    close(residual, wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

@@ -63,6 +63,7 @@ def kept(results: list[tuple[StepResult, int]]) -> list[tuple[int, float]]:
     return [(result.token_ids[row], result.logprobs[row]) for result, row in results]
 
 
+@pytest.mark.skipif(not machine.rounds_alike(), reason="on this processor MKL rounds by the number of rows")
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_tokens_and_logprobs_are_equal_alone_and_among_thirty_others(engine: Engine, sampling: SamplingParams) -> None:
     count = 24

@@ -17,10 +17,10 @@ import torch
 from tgi_contract_tests.known import KnownFailures
 from tgi_contract_tests.rules import DeviceRule, broken_device
 from tgi_model_server.buckets import choose_bucket, pad_plan
-from tgi_model_server.device import AttentionShape, Bucket, Device, KVLayout, StepLimits
+from tgi_model_server.device import AttentionShape, Bucket, Device, HeadNorms, KVLayout, Norm, StepLimits
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, reference_plan
-from tgi_model_server.step import AttentionPlan, StepInput
+from tgi_model_server.step import AttentionPlan, StepInput, refill, step_input
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOps()
@@ -109,12 +109,57 @@ class DeviceContract(KnownFailures):
         self.check_close(device.ops.rms_norm(heads, _to(device, weight), 1e-5), wanted, dtype, "rms_norm of heads")
 
     @pytest.mark.parametrize("tokens", TOKENS)
-    def test_add_rms_norm(self, device: Device, dtype: torch.dtype, tokens: int) -> None:
-        x, residual, weight = _random(dtype, tokens, 96), _random(dtype, tokens, 96), _random(dtype, 96)
-        wanted = REFERENCE.add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
-        found = device.ops.add_rms_norm(_to(device, x), _to(device, residual), _to(device, weight), 1e-5)
-        self.check_close(found[0], wanted[0], dtype, "add_rms_norm, normed")
-        self.check_close(found[1], wanted[1], dtype, "add_rms_norm, sum")
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_linear_add(self, device: Device, dtype: torch.dtype, tokens: int, has_bias: bool) -> None:
+        x, weight, residual = _random(dtype, tokens, 96), _random(dtype, 80, 96), _random(dtype, tokens, 80)
+        bias = _random(dtype, 80) if has_bias else None
+        packed = device.ops.pack_linear(_to(device, weight))
+        theirs = None if bias is None else _to(device, bias)
+        found = device.ops.linear_add(_to(device, x), packed, theirs, _to(device, residual))
+        ours = None if bias is None else bias.float()
+        wanted = REFERENCE.linear_add(x.float(), weight.float(), ours, residual.float())
+        self.check_close(found, wanted, dtype, "linear_add")
+
+    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_norm_linear(self, device: Device, dtype: torch.dtype, tokens: int, has_bias: bool) -> None:
+        x, factor, weight = _random(dtype, tokens, 96) * 3, _random(dtype, 96), _random(dtype, 80, 96)
+        bias = _random(dtype, 80) if has_bias else None
+        packed = device.ops.pack_linear(_to(device, weight))
+        theirs = None if bias is None else _to(device, bias)
+        found = device.ops.norm_linear(_to(device, x), Norm(_to(device, factor), 1e-5), packed, theirs)
+        ours = None if bias is None else bias.float()
+        wanted = REFERENCE.norm_linear(x.float(), Norm(factor.float(), 1e-5), weight.float(), ours)
+        self.check_close(found, wanted, dtype, "norm_linear")
+
+    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_norm_gated(self, device: Device, dtype: torch.dtype, tokens: int, has_bias: bool) -> None:
+        x, factor, weight = _random(dtype, tokens, 96), _random(dtype, 96), _random(dtype, 160, 96) / 4
+        bias = _random(dtype, 160) if has_bias else None
+        packed = device.ops.pack_linear(_to(device, weight))
+        theirs = None if bias is None else _to(device, bias)
+        found = device.ops.norm_gated(_to(device, x), Norm(_to(device, factor), 1e-5), packed, theirs)
+        ours = None if bias is None else bias.float()
+        wanted = REFERENCE.norm_gated(x.float(), Norm(factor.float(), 1e-5), weight.float(), ours)
+        self.check_close(found, wanted, dtype, "norm_gated")
+
+    @pytest.mark.parametrize("rows", TOKENS)
+    def test_logits(self, device: Device, dtype: torch.dtype, rows: int) -> None:
+        x, factor, weight = _random(dtype, rows, 96) * 3, _random(dtype, 96), _random(dtype, 300, 96)
+        packed = device.ops.pack_linear(_to(device, weight))
+        found = device.ops.logits(_to(device, x), Norm(_to(device, factor), 1e-5), packed)
+        self.demand(found.dtype == torch.float32, "ops", f"logits are {found.dtype}; float32 is needed")
+        wanted = REFERENCE.logits(x.float(), Norm(factor.float(), 1e-5), weight.float())
+        self.check_close(found, wanted, dtype, "logits")
+
+    @pytest.mark.parametrize("rows", TOKENS)
+    def test_argmax_takes_the_first_of_the_largest(self, device: Device, rows: int) -> None:
+        logits = torch.randint(0, 50, (rows, 5003), generator=_generator()).float()
+        found = device.ops.argmax(_to(device, logits))
+        self.demand(found.dtype == torch.int64, "ops", f"argmax gave {found.dtype}")
+        first = [row.tolist().index(row.max().item()) for row in logits]
+        self.demand(found.tolist() == first, "ops", f"argmax gave {found.tolist()} instead of {first}")
 
     @pytest.mark.parametrize("tokens", TOKENS)
     @pytest.mark.parametrize("rotary_dim", [16, 8])
@@ -139,13 +184,18 @@ class DeviceContract(KnownFailures):
         self.check_close(found, REFERENCE.silu_mul(gate_up.float()), dtype, "silu_mul")
 
     def test_operations_leave_their_inputs_alone(self, device: Device, dtype: torch.dtype) -> None:
-        """All but add_rms_norm, which may overwrite, and write_kv, which must."""
+        """All but the residual of linear_add, which may be overwritten, and the pools of write_kv, which must."""
         x, weight = _to(device, _random(dtype, 7, 96)), _to(device, _random(dtype, 96))
+        packed = device.ops.pack_linear(_to(device, _random(dtype, 80, 96)))
         kept = x.clone()
         device.ops.rms_norm(x, weight, 1e-5)
         device.ops.silu_mul(x)
-        device.ops.linear(x, device.ops.pack_linear(_to(device, _random(dtype, 80, 96))), None)
-        self.demand(torch.equal(x, kept), "ops", "an operation other than add_rms_norm changed its input")
+        device.ops.linear(x, packed, None)
+        device.ops.linear_add(x, packed, None, _to(device, _random(dtype, 7, 80)))
+        device.ops.norm_linear(x, Norm(weight, 1e-5), packed, None)
+        device.ops.norm_gated(x, Norm(weight, 1e-5), packed, None)
+        device.ops.logits(x, Norm(weight, 1e-5), packed)
+        self.demand(torch.equal(x, kept), "ops", "an operation changed its input")
 
     # Attention.
 
@@ -233,6 +283,50 @@ class DeviceContract(KnownFailures):
             found, self._attend(device, plan, shape, None), dtype, "attention beside padding", rule="buckets"
         )
 
+    @pytest.mark.parametrize("normed", [False, True])
+    @pytest.mark.parametrize("rotary_dim", [16, 8])
+    def test_rope_attention(self, device: Device, dtype: torch.dtype, normed: bool, rotary_dim: int) -> None:
+        """The whole way from the stacked projection to the attended heads, for rows of all kinds and for few rows."""
+        shape = _shape(dtype)
+        layout = device.kv_layout(shape)
+        page, width = layout.page_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        for rows in ([(1, 1)], [(1, page), (1, page + 1), (1, 3)], [(1, 9)] * 9, [(1, 40), (9, 30), (5, 5)]):
+            plan = _plan(page, rows)
+            tokens = plan.num_tokens
+            _, _, _, pools = _layer(plan, shape, layout)
+            qkv, factors = _random(dtype, tokens, width), [_random(dtype, shape.head_dim, seed=seed) for seed in (5, 6)]
+            angles = torch.arange(tokens)[:, None] * torch.rand(rotary_dim // 2, generator=_generator())[None, :]
+            theirs = [_to(device, pool) for pool in pools]
+            with torch.inference_mode():
+                found = device.ops.rope_attention(
+                    _to(device, qkv),
+                    _to(device, angles.cos()),
+                    _to(device, angles.sin()),
+                    theirs[0],
+                    theirs[1],
+                    device.plan_attention(plan, shape, layout),
+                    shape,
+                    norms=HeadNorms(_to(device, factors[0]), _to(device, factors[1]), 1e-5) if normed else None,
+                    scale=shape.head_dim**-0.5,
+                    sliding_window=None,
+                )
+            ours = [pool.float() for pool in pools]
+            wanted = REFERENCE.rope_attention(
+                qkv.float(),
+                angles.cos(),
+                angles.sin(),
+                ours[0],
+                ours[1],
+                reference_plan(plan, layout, CPU),
+                shape,
+                norms=HeadNorms(factors[0].float(), factors[1].float(), 1e-5) if normed else None,
+                scale=shape.head_dim**-0.5,
+                sliding_window=None,
+            )
+            self.check_close(found, wanted, dtype, f"rope_attention of rows (new, length) {rows}", rule="attention")
+            for one, other, name in zip(theirs, ours, ("keys", "values"), strict=True):
+                self.check_close(one, other, dtype, f"the {name} that rope_attention stored", rule="attention")
+
     def check_attention(
         self, device: Device, rows: list[tuple[int, int]], shape: AttentionShape, window: int | None = None
     ) -> None:
@@ -290,7 +384,7 @@ class DeviceContract(KnownFailures):
                     model.reset()
                     wanted = [each.clone() for each in model.forward(model.input(padded, bucket))]
                     model.reset()
-                    found = captured(model.input(padded, bucket))
+                    found = captured(model.refill(example, padded, bucket))
                     what = f"the captured step of {bucket} against the eager one"
                     self.check_close(found[0][:rows], wanted[0][:rows].cpu().float(), dtype, what, rule="buckets")
 
@@ -341,16 +435,14 @@ class _ToyModel:
             pool.copy_(fresh)
 
     def input(self, plan: StepPlan, bucket: Bucket) -> StepInput:
-        ends = list(itertools.accumulate(plan.query_lens))
-        last = [ends[row] - 1 for row in plan.sample_rows]
-        last += [0] * (bucket.num_rows - len(last))
-        place = self._device.torch_device
-        return StepInput(
-            input_ids=torch.tensor(plan.token_ids, dtype=torch.int64).to(place),
-            positions=torch.tensor(plan.positions(), dtype=torch.int64).to(place),
-            last_token=torch.tensor(last, dtype=torch.int64).to(place),
-            attention=self._device.plan_attention(plan, self._shape, self._layout),
-        )
+        return step_input(plan, self._attention(plan, bucket), self._device.torch_device, sampled=bucket.num_rows)
+
+    def refill(self, step: StepInput, plan: StepPlan, bucket: Bucket) -> StepInput:
+        """`plan` in the tensors of `step`, as the engine does it for a captured step."""
+        return refill(step, plan, self._attention(plan, bucket))
+
+    def _attention(self, plan: StepPlan, bucket: Bucket) -> AttentionPlan:
+        return self._device.plan_attention(plan, self._shape, self._layout, bucket)
 
     def forward(self, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
         ops, shape = self._device.ops, self._shape

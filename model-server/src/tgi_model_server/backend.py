@@ -289,6 +289,7 @@ def batch_limits(engine: Engine, info: ModelInfo, options: EngineOptions) -> Bat
         max_total_tokens=info.max_total_tokens,
         chunked_prefill=options.prefill_chunking,
         prefix_caching=options.prefix_caching,
+        max_mixed_tokens=engine.max_mixed_tokens,
     )
 
 

@@ -68,6 +68,14 @@ class BatchLimits:
     chunked_prefill: bool = True
     """False: a prompt is cut only if it exceeds `max_step_tokens` by itself."""
     prefix_caching: bool = True
+    max_mixed_tokens: int | None = None
+    """Tokens of a step in which some sequences decode: their next tokens wait for all of it. None: as any other."""
+
+    def step_tokens(self, decode_rows: int) -> int:
+        """Tokens that a step with so many decode rows may have."""
+        if decode_rows and self.max_mixed_tokens is not None:
+            return min(self.max_step_tokens, self.max_mixed_tokens)
+        return self.max_step_tokens
 
 
 @dataclass(slots=True)
@@ -202,7 +210,7 @@ class Batcher:
         step = Step(self._planned + 1)
         preemptions = self.stats.preemptions
         prefills, stalled = self._plan_decodes(step)
-        budget = self.limits.max_step_tokens - len(step.rows)
+        budget = self.limits.step_tokens(len(step.rows)) - len(step.rows)
         for sequence, share in zip(prefills, self._shares(prefills, budget), strict=True):
             budget -= self._plan_prefill(step, sequence, min(share, budget))
         if not stalled and self.stats.preemptions == preemptions:

@@ -51,6 +51,21 @@ class StepLimits:
     max_rows: int
     max_tokens: int
     max_kv_len: int
+    decode_sizes: tuple[int, ...] | None = None
+    """Numbers of decode rows that the user wants captured; None leaves it to the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDefaults:
+    """How large this kind of chip wants its steps where the user says nothing."""
+
+    max_rows: int = 128
+    prefill_tokens: int = 4096
+    """New prompt tokens of a step that has nothing else."""
+    mixed_tokens: int | None = None
+    """All tokens of a step in which some sequences decode: more make these wait longer for their next token. None:
+    prompts may fill such a step too.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +79,30 @@ class AttentionShape:
     kv_dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm's weight and the number added to the mean square."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norm of single heads before the rotation, as in Qwen3; weights [head_dim]."""
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+
+
 class Ops(Protocol):
     """The operations of a transformer step. T is the number of new tokens. Tensors are contiguous, but for q, k and v,
     which are views into the stacked projection: only their last dimension is.
 
-    A device subclasses `reference.ReferenceOps` and overrides what it does faster. Every override is tested against
-    the reference in float32 by DeviceContract.
+    A device subclasses `reference.ReferenceOps` and overrides what it does faster. The model calls the whole pieces
+    (`norm_linear`, `linear_add`, `norm_gated`, `rope_attention`, `logits`), which the reference makes of the single
+    ones: a device may speed up either. Every override is tested against the reference in float32 by DeviceContract.
     """
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
@@ -80,14 +113,30 @@ class Ops(Protocol):
         """[T, in] x packed [out, in] (+ [out]) -> [T, out], accumulated in float32."""
         ...
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Zhang and Sennrich 2019 over the last dimension; statistics in float32, result in x's dtype."""
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """residual [T, out] + linear(x). May overwrite `residual`."""
         ...
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual). May overwrite both inputs."""
+    def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """linear(rms_norm(x))"""
+        ...
+
+    def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """silu_mul(norm_linear(x)) of packed gate and up projections, stacked [2n, in]; [T, n]."""
+        ...
+
+    def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+        """norm_linear(x) with packed [vocabulary, in], as float32 [rows, vocabulary]."""
+        ...
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, vocabulary] -> int64 [rows]: the first of the largest."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Zhang and Sennrich 2019 over the last dimension; statistics in float32, result in x's dtype."""
         ...
 
     def rope(
@@ -126,6 +175,26 @@ class Ops(Protocol):
         """
         ...
 
+    def rope_attention(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        plan: AttentionPlan,
+        shape: AttentionShape,
+        *,
+        norms: HeadNorms | None,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """All that lies between two projections: the norms of single heads, `rope`, `write_kv` and `attention`.
+
+        qkv [T, (heads + 2 * kv_heads) * head_dim], stacked, -> [T, heads * head_dim].
+        """
+        ...
+
 
 Forward = Callable[[StepInput], tuple[torch.Tensor, torch.Tensor]]
 """StepInput -> float32 logits [sampled rows, vocabulary], hidden states of all new tokens [T, hidden]."""
@@ -147,6 +216,9 @@ class Device(Protocol):
     def pipeline_depth(self) -> int:
         """Steps in flight: 1 where a step runs in the caller's thread, 2 where the host can plan ahead of the chip."""
         ...
+
+    @property
+    def defaults(self) -> StepDefaults: ...
 
     @property
     def collective_backend(self) -> str:
@@ -178,8 +250,14 @@ class Device(Protocol):
 
     def kv_layout(self, shape: AttentionShape) -> KVLayout: ...
 
-    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> AttentionPlan:
-        """Everything that `write_kv` and `attention` of every layer need for this step, moved to the device once."""
+    def plan_attention(
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> AttentionPlan:
+        """Everything that `write_kv` and `attention` of every layer need for this step, moved to the device once.
+
+        With `bucket` the plan is padded to it and the step runs in its captured form: a device may return the same
+        buffers each time, filled again in the order of its work.
+        """
         ...
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
@@ -187,5 +265,9 @@ class Device(Protocol):
         ...
 
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
-        """`forward` made fast for `bucket`; an eager device returns it as it is."""
+        """`forward` made fast for `bucket`; an eager device returns it as it is.
+
+        It is called with `example`'s own tensors, filled anew for each step, and with what `plan_attention` returns for
+        the bucket. What it returns is used before it is called again.
+        """
         ...

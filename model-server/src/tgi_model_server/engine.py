@@ -21,7 +21,8 @@ from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.sampler import Sampled, Sampler
 from tgi_model_server.sampling.watermark import Watermark
 from tgi_model_server.sizing import attention_shape, compute_dtype, num_pages, refuse_unsupported, step_limits
-from tgi_model_server.step import StepInput
+from tgi_model_server.step import AttentionPlan, StepInput, refill, step_input
+from tgi_model_server.transfer import HostCopy, to_device
 from tgi_model_server.weights.loader import CheckpointWeights, DummyWeights, Progress, Weights
 
 _PROMPT_LOGPROB_ROWS = 128
@@ -66,6 +67,7 @@ class Engine:
                     eos_token_ids=eos_token_ids,
                     device=device.torch_device,
                     watermark=watermark,
+                    argmax=device.ops.argmax,
                     peek=device.pipeline_depth == 1,
                 )
             self._captured = self._capture(device.buckets(limits))
@@ -85,6 +87,10 @@ class Engine:
     @property
     def pipeline_depth(self) -> int:
         return self._device.pipeline_depth
+
+    @property
+    def max_mixed_tokens(self) -> int | None:
+        return self._device.defaults.mixed_tokens
 
     @property
     def vocab_size(self) -> int:
@@ -133,50 +139,31 @@ class Engine:
         """Run the model, in the smallest captured form that fits."""
         bucket = choose_bucket(plan, self._captured) if self._captured else None
         if bucket is None:
-            return self._forward(self._input(plan))
-        padded = self._input(pad_plan(plan, bucket, self.page_size), sampled=bucket.num_rows)
-        return self._captured[bucket](padded)
+            ahead = PREVIOUS_TOKEN in plan.token_ids
+            return self._forward(step_input(plan, self._attention(plan), self._device.torch_device, ahead=ahead))
+        captured = self._captured[bucket]
+        padded = pad_plan(plan, bucket, self.page_size)
+        return captured.forward(refill(captured.step, padded, self._attention(padded, bucket)))
+
+    def _attention(self, plan: StepPlan, bucket: Bucket | None = None) -> AttentionPlan:
+        return self._device.plan_attention(plan, self._shape, self._layout, bucket)
 
     def _forward(self, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self._model.forward(step, self._kv)
+        hidden = self._model.forward(self._known(step), self._kv)
         last = hidden if step.last_token.shape[0] == hidden.shape[0] else hidden.index_select(0, step.last_token)
         return self._model.logits(last), hidden
 
-    def _input(self, plan: StepPlan, *, sampled: int | None = None) -> StepInput:
-        """`plan` as tensors; `sampled` fills up the list of sampled tokens to that length."""
-        end, ends = 0, []
-        for query_len in plan.query_lens:
-            end += query_len
-            ends.append(end - 1)
-        last = [ends[row] for row in plan.sample_rows]
-        if sampled is not None:
-            last += [0] * (sampled - len(last))
-        return StepInput(
-            input_ids=self._token_ids(plan),
-            positions=self._tensor(plan.positions()),
-            last_token=self._tensor(last),
-            attention=self._device.plan_attention(plan, self._shape, self._layout),
-        )
-
-    def _token_ids(self, plan: StepPlan) -> torch.Tensor:
-        """The new tokens, with what the slots sampled last put in where the host does not know it yet."""
-        ids = self._tensor(plan.token_ids)
-        if PREVIOUS_TOKEN not in plan.token_ids:
-            return ids
-        token, places, slots = 0, [], []
-        for slot, query_len in zip(plan.slots, plan.query_lens, strict=True):
-            for place in range(token, token + query_len):
-                if plan.token_ids[place] == PREVIOUS_TOKEN:
-                    places.append(place)
-                    slots.append(slot)
-            token += query_len
-        # From rank 0 even where another rank could know them: on this all ranks must agree to the bit.
+    def _known(self, step: StepInput) -> StepInput:
+        """The step with what the slots sampled last put in where the host did not know it yet."""
+        if step.slots is None:
+            return step
         if self._sampler is not None:
-            previous = self._sampler.last_tokens.index_select(0, self._tensor(slots))
+            previous = self._sampler.last_tokens.index_select(0, step.slots).to(step.input_ids.dtype)
         else:
-            previous = ids.new_empty(len(slots))
+            previous = torch.empty_like(step.input_ids)
         self._group.broadcast(previous)
-        return previous if len(places) == len(plan.token_ids) else ids.index_copy_(0, self._tensor(places), previous)
+        ids = torch.where(step.input_ids == PREVIOUS_TOKEN, previous, step.input_ids)
+        return replace(step, input_ids=ids, slots=None)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
         """Row -> float32 [targets], log-probabilities of the prompt tokens that follow."""
@@ -194,20 +181,35 @@ class Engine:
             out[row] = torch.cat(parts) if parts else torch.empty(0)
         return out
 
-    def _capture(self, buckets: Sequence[Bucket]) -> dict[Bucket, Forward]:
+    def _capture(self, buckets: Sequence[Bucket]) -> dict[Bucket, _Captured]:
         """Every bucket's forward pass made fast, by running it once on padding alone."""
-        captured: dict[Bucket, Forward] = {}
+        captured: dict[Bucket, _Captured] = {}
         for bucket in buckets:
-            example = self._input(pad_plan(StepPlan(), bucket, self.page_size), sampled=bucket.num_rows)
-            captured[bucket] = self._device.capture(self._forward, example, bucket)
+            plan = pad_plan(StepPlan(), bucket, self.page_size)
+            example = step_input(
+                plan,
+                self._attention(plan, bucket),
+                self._device.torch_device,
+                sampled=bucket.num_rows,
+                ahead=self.pipeline_depth > 1,
+            )
+            captured[bucket] = _Captured(self._device.capture(self._forward, example, bucket), example)
         return captured
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device.torch_device, non_blocking=True)
+        return to_device(values, torch.int64, self._device.torch_device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A bucket's forward pass, and the tensors that it reads."""
+
+    forward: Forward
+    step: StepInput
 
 
 class EngineOutput:
-    """A started step. Implements `step.StepOutput`."""
+    """A started step, its results on their way to the host. Implements `step.StepOutput`."""
 
     def __init__(
         self,
@@ -218,7 +220,13 @@ class EngineOutput:
     ) -> None:
         self._rows = rows
         self._sampled = sampled
-        self._prompt_logprobs = prompt_logprobs
+        self._tokens = None if sampled is None else HostCopy(sampled.tokens)
+        self._scores = [
+            HostCopy(each)
+            for each in ((sampled.logprobs, sampled.top_ids, sampled.top_logprobs) if sampled is not None else ())
+            if each is not None
+        ]
+        self._prompt_logprobs = {row: HostCopy(values) for row, values in prompt_logprobs.items()}
         self._endings = endings
         self._result: StepResult | None = None
 
@@ -228,20 +236,18 @@ class EngineOutput:
         return self._result
 
     def _read(self) -> StepResult:
-        prompt_logprobs = {row: values.tolist() for row, values in self._prompt_logprobs.items()}
+        prompt_logprobs = {row: values.wait().tolist() for row, values in self._prompt_logprobs.items()}
         sampled = self._sampled
-        if sampled is None:
+        if sampled is None or self._tokens is None:
             return StepResult([], [], prompt_logprobs=prompt_logprobs)
-        tokens: list[int] = sampled.tokens.tolist()
+        tokens: list[int] = self._tokens.wait().tolist()
         result = StepResult(tokens, [NO_LOGPROB] * self._rows, prompt_logprobs=prompt_logprobs, endings=self._endings)
-        if sampled.logprobs is not None:
-            for index, value in zip(sampled.scored, sampled.logprobs.tolist(), strict=True):
+        scores = [each.wait().tolist() for each in self._scores]
+        if scores:
+            for index, value in zip(sampled.scored, scores[0], strict=True):
                 result.logprobs[index] = value
-        if sampled.top_ids is not None and sampled.top_logprobs is not None:
-            rows = zip(
-                sampled.scored, sampled.top_sizes, sampled.top_ids.tolist(), sampled.top_logprobs.tolist(), strict=True
-            )
-            for index, size, ids, values in rows:
+        if len(scores) > 1:
+            for index, size, ids, values in zip(sampled.scored, sampled.top_sizes, *scores[1:], strict=True):
                 if size:
                     result.top[index] = tuple(zip(ids[:size], values[:size], strict=True))
         return result
@@ -268,7 +274,7 @@ def prepare(device: Device, options: EngineOptions, shard: Shard) -> Preparation
     dtype = compute_dtype(device, options, config)
     shape = attention_shape(config, shard, dtype)
     options = replace(options, dtype=str(dtype).removeprefix("torch."))
-    return Preparation(options, config, step_limits(options, config), shape)
+    return Preparation(options, config, step_limits(device, options, config), shape)
 
 
 def load_engine(

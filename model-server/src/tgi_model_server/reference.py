@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tgi_model_server.device import KVLayout
+from tgi_model_server.device import AttentionShape, HeadNorms, KVLayout, Norm
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import AttentionPlan
 
@@ -43,16 +43,27 @@ class ReferenceOps:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor:
+        return residual + self.linear(x, weight, bias)
+
+    def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.linear(self.rms_norm(x, norm.weight, norm.eps), weight, bias)
+
+    def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.silu_mul(self.norm_linear(x, norm, weight, bias))
+
+    def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+        return self.norm_linear(x, norm, weight, None).float()
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * scale).to(x.dtype) * weight
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = x + residual
-        return self.rms_norm(total, weight, eps), total
 
     def rope(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -94,12 +105,40 @@ class ReferenceOps:
             start += query_len
         return out
 
+    def rope_attention(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        plan: AttentionPlan,
+        shape: AttentionShape,
+        *,
+        norms: HeadNorms | None,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        q, k, v = split_heads(qkv, shape)
+        if norms is not None:
+            q, k = self.rms_norm(q, norms.q_weight, norms.eps), self.rms_norm(k, norms.k_weight, norms.eps)
+        q, k = self.rope(q, k, cos, sin)
+        self.write_kv(k, v, k_pool, v_pool, plan)
+        return self.attention(q, k_pool, v_pool, plan, scale=scale, sliding_window=sliding_window).flatten(1)
+
     def _gather(self, pool: torch.Tensor, pages: tuple[int, ...], kv_len: int, layout: KVLayout) -> torch.Tensor:
         """float32 [kv_len, kv_heads, head_dim]"""
         chosen = pool[torch.tensor(pages, dtype=torch.int64, device=pool.device)]
         if layout.order == "HND":
             chosen = chosen.transpose(1, 2)
         return chosen.flatten(0, 1)[:kv_len].float()
+
+
+def split_heads(qkv: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [T, heads, head_dim], k and v [T, kv_heads, head_dim]: views into the stacked projection."""
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    q, k, v = qkv.view(qkv.shape[0], -1, shape.head_dim).split_with_sizes(heads, 1)
+    return q, k, v
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -18,21 +18,21 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-DEFAULT_MAX_SEQUENCES = 128
-DEFAULT_PREFILL_TOKENS = 4096
 
 
-def step_limits(options: EngineOptions, config: ModelConfig) -> StepLimits:
-    """The largest step: what the options say, else what the model can do. Raises `SettingsError`."""
+def step_limits(device: Device, options: EngineOptions, config: ModelConfig) -> StepLimits:
+    """The largest step: what the options say, else what suits the device and the model. Raises `SettingsError`."""
     max_kv_len = options.max_total_tokens or config.max_positions
     if max_kv_len > config.max_positions:
         raise SettingsError(
             f"max_total_tokens is {max_kv_len}; this model allows {config.max_positions}. "
             "Lower it or extend the model with --rope-scaling and --rope-factor."
         )
-    max_rows = options.max_batch_size or DEFAULT_MAX_SEQUENCES
-    prefill = options.max_batch_prefill_tokens or min(DEFAULT_PREFILL_TOKENS, max_kv_len)
-    return StepLimits(max_rows=max_rows, max_tokens=prefill + max_rows, max_kv_len=max_kv_len)
+    max_rows = options.max_batch_size or device.defaults.max_rows
+    prefill = options.max_batch_prefill_tokens or min(device.defaults.prefill_tokens, max_kv_len)
+    return StepLimits(
+        max_rows=max_rows, max_tokens=prefill + max_rows, max_kv_len=max_kv_len, decode_sizes=options.cuda_graphs
+    )
 
 
 def refuse_unsupported(options: EngineOptions) -> None:

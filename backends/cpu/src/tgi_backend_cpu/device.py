@@ -13,7 +13,7 @@ from tgi_backend_cpu import machine
 from tgi_backend_cpu.attention import PAGE_SIZE, CpuAttentionPlan
 from tgi_backend_cpu.collectives import OrderedSums
 from tgi_backend_cpu.ops import CpuOps
-from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepLimits
+from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepDefaults, StepLimits
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepInput
@@ -28,6 +28,7 @@ class CpuDevice:
     name = "cpu"
     pipeline_depth = 1
     collective_backend = "gloo"
+    defaults = StepDefaults()
 
     def __init__(self, *, threads: int | None = None) -> None:
         # Without it MKL, inside the attention, rounds differently for different numbers of rows. MKL reads it at its
@@ -71,6 +72,7 @@ class CpuDevice:
         plan: StepPlan,
         shape: AttentionShape,  # noqa: ARG002
         layout: KVLayout,  # noqa: ARG002
+        bucket: Bucket | None = None,  # noqa: ARG002
     ) -> CpuAttentionPlan:
         # OpenMP keeps the number of threads per calling thread, and torch passes ours on only when asked for it. Steps
         # run in another thread than the one that made this device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -41,6 +42,18 @@ def _cpu_quota() -> int | None:
     if not (quota.isdigit() and period.isdigit() and int(period)):
         return None
     return max(1, int(quota) // int(period))
+
+
+@cache
+def rounds_alike() -> bool:
+    """Whether the matrix libraries round a row the same way whatever stands beside it.
+
+    oneDNN and MKL do, as `ops` and `device` set them up, on Intel's processors with AVX-512. On others MKL chooses its
+    code by the number of rows; on other architectures torch comes with libraries that nobody has measured.
+    """
+    cpu = _text(Path("/proc/cpuinfo")) or ""
+    flags = next((line.split() for line in cpu.splitlines() if line.startswith("flags")), [])
+    return "GenuineIntel" in cpu and {"avx512bw", "avx512vl", "avx512dq"} <= set(flags)
 
 
 def total_bytes() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,17 @@ _LONG_SUM = 1024
 """oneDNN splits longer sums among threads where there is only one row."""
 
 
+def _always() -> bool:
+    return True
+
+
+# Half precision needs instructions that not every processor has.
+_ONEDNN_TAKES: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
+
+
 class CpuOps(ReferenceOps):
     """oneDNN for products, because MKL's change their rounding with the number of rows; torch's fused attention."""
 
@@ -24,7 +37,7 @@ class CpuOps(ReferenceOps):
         self._onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
-        if not self._onednn:
+        if not self._onednn or not _ONEDNN_TAKES.get(weight.dtype, _always)():
             return weight
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         return packed
@@ -33,7 +46,7 @@ class CpuOps(ReferenceOps):
         rows = x.shape[0]
         if rows == 0:
             return x.new_empty(0, weight.shape[0])
-        if not self._onednn:
+        if not weight.is_mkldnn:
             return _in_fixed_blocks(x, weight, bias)
         lonely = rows == 1 and x.shape[1] > _LONG_SUM
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -41,14 +54,13 @@ class CpuOps(ReferenceOps):
         )
         return out[:1] if lonely else out
 
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor:
+        return residual.add_(self.linear(x, weight, bias))
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        residual.add_(x)
-        return F.rms_norm(residual, weight.shape, weight, eps), residual
 
     def rope(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from importlib.util import find_spec
 
+from tgi_backend_cpu.machine import rounds_alike
 from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, EngineOptions
 from tgi_gateway.hooks import hookimpl
 
-# oneDNN and MKL, as `ops` and `device` set them up, round a row the same way whatever stands beside it. Elsewhere torch
-# comes with other libraries, which nobody has measured.
-_EXACT = platform.machine().lower() in ("x86_64", "amd64")
+_EXACT = rounds_alike()
 CAPABILITIES = Capabilities(
     features=ALL_FEATURES - {"lora"},
     prefix_cache=True,

@@ -1,4 +1,4 @@
-"""RMS norm (Zhang and Sennrich 2019), alone and after the residual sum, in one pass over memory."""
+"""RMS norm (Zhang and Sennrich 2019) in one pass over memory."""
 
 from __future__ import annotations
 
@@ -42,26 +42,6 @@ def rms_norm_kernel(
     tl.store(into, normed.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def add_rms_norm_kernel(x, residual, weight, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """residual += x; x = rms_norm(residual). Both [rows, WIDTH], contiguous; grid [rows].
-
-    The norm is that of the sum as it is stored, so that a later step which reads the residual sees the same numbers.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    at = row * WIDTH + column
-    new = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total = new + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    stored = total.to(residual.dtype.element_ty)
-    tl.store(residual + at, stored, mask=inside)
-    values = stored.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
-    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x + at, (values * scale * factor).to(x.dtype.element_ty), mask=inside)
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, n] or [T, heads, n], rows anywhere; contiguous result of x's dtype."""
     assert x.dim() in (2, 3), "a norm is over rows or over heads"
@@ -88,18 +68,3 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         num_warps=warps_for(together * block),
     )
     return out
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, residual [T, n], contiguous and both overwritten: (rms_norm(x + residual), x + residual)."""
-    assert x.is_contiguous()
-    assert residual.is_contiguous()
-    if x.shape[0]:
-        width = x.shape[-1]
-        block = power_of_two(width)
-        add_rms_norm_kernel[(x.shape[0],)](
-            x, residual, weight, eps, WIDTH=width, BLOCK=block, num_warps=warps_for(block)
-        )
-    return x, residual

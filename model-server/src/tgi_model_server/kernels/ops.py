@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tgi_model_server.device import KVLayout
+from tgi_model_server.device import AttentionShape, HeadNorms, KVLayout
 from tgi_model_server.kernels import activation, norm, rope, sampling
 from tgi_model_server.kernels.decode import decode
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.plan import TritonAttentionPlan
 from tgi_model_server.kernels.prefill import prefill
-from tgi_model_server.kernels.rope import HeadNorms
-from tgi_model_server.reference import ReferenceOps
+from tgi_model_server.reference import ReferenceOps, split_heads
 from tgi_model_server.step import AttentionPlan
 
 DEFAULT_TUNING = Tuning()
@@ -21,7 +20,7 @@ DEFAULT_TUNING = Tuning()
 class TritonOps(ReferenceOps):
     """`device.Ops` over Triton kernels. Attention needs a `TritonAttentionPlan` made with the same `tuning`.
 
-    Beyond the protocol: `rope_write_kv`, which spares two launches a layer, and `argmax` and `sample`.
+    Beyond the protocol: `rope_write_kv`, which spares two launches a layer, and `sample`.
     """
 
     def __init__(self, tuning: Tuning = DEFAULT_TUNING) -> None:
@@ -31,14 +30,15 @@ class TritonOps(ReferenceOps):
         """The vendor's library, which accumulates in float32."""
         return F.linear(x, weight, bias)
 
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """The library adds the product to `residual` before it rounds, in place."""
+        residual.addmm_(x, weight.t())
+        return residual if bias is None else residual.add_(bias)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return norm.rms_norm(x, weight, eps)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Overwrites both inputs."""
-        return norm.add_rms_norm(x, residual, weight, eps)
 
     def rope(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -54,6 +54,23 @@ class TritonOps(ReferenceOps):
         assert isinstance(plan, TritonAttentionPlan)
         k_pool, v_pool = _pages(k_pool, plan.layout), _pages(v_pool, plan.layout)
         rope.write_kv(k, v, k_pool, v_pool, plan.cache_slots)
+
+    def rope_attention(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        plan: AttentionPlan,
+        shape: AttentionShape,
+        *,
+        norms: HeadNorms | None,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        q = self.rope_write_kv(*split_heads(qkv, shape), cos, sin, k_pool, v_pool, plan, norms)
+        return self.attention(q, k_pool, v_pool, plan, scale=scale, sliding_window=sliding_window).flatten(1)
 
     def rope_write_kv(
         self,

@@ -7,24 +7,14 @@ dimensions in any order: kernels take its strides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from tgi_model_server.device import HeadNorms
 from tgi_model_server.kernels.launch import power_of_two, warps_for
 
 _TILE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class HeadNorms:
-    """RMS norm of single heads before the rotation, as in Qwen3."""
-
-    q_weight: torch.Tensor
-    k_weight: torch.Tensor
-    eps: float
 
 
 @triton.jit

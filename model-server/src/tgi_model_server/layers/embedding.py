@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tgi_model_server.device import Ops
-from tgi_model_server.layers.linear import Linear
+from tgi_model_server.device import Norm, Ops
 from tgi_model_server.parallel import Group
 
 
@@ -28,13 +27,18 @@ class Embedding:
 
 
 class Head:
-    """[rows, hidden] -> float32 logits [rows, vocabulary]. `weight`, the rank's rows, may be the embedding's (tied)."""
+    """[rows, hidden] -> float32 logits [rows, vocabulary]: the model's last norm, and its matrix.
 
-    def __init__(self, ops: Ops, weight: torch.Tensor, vocab_size: int, group: Group) -> None:
-        self._linear = Linear(ops, weight)
+    `weight`, the rank's rows, may be the embedding's (tied).
+    """
+
+    def __init__(self, ops: Ops, norm: Norm, weight: torch.Tensor, vocab_size: int, group: Group) -> None:
+        self._ops = ops
+        self._norm = norm
+        self._weight = ops.pack_linear(weight)
         self._vocab_size = vocab_size
         self._all_gather = group.all_gather
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         # Where the vocabulary does not come out even, the last ranks' rows are padded.
-        return self._all_gather(self._linear(hidden))[:, : self._vocab_size].float()
+        return self._all_gather(self._ops.logits(hidden, self._norm, self._weight))[:, : self._vocab_size]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tgi_model_server.device import Ops
+from tgi_model_server.device import Norm, Ops
 from tgi_model_server.parallel import Group
 
 
@@ -12,21 +12,31 @@ class Linear:
     """x [T, in] -> [T, out]"""
 
     def __init__(self, ops: Ops, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._linear = ops.linear
+        self._ops = ops
         self._weight = ops.pack_linear(weight)
         self._bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x, self._weight, self._bias)
+    def normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """Of the RMS norm of x."""
+        return self._ops.norm_linear(x, norm, self._weight, self._bias)
+
+    def normed_and_gated(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """The same, where the matrix is gate and up projections stacked: [T, out / 2] (Shazeer 2020, SwiGLU)."""
+        return self._ops.norm_gated(x, norm, self._weight, self._bias)
 
 
-class RowParallelLinear(Linear):
+class RowParallelLinear:
     """A rank's columns of the matrix, applied to its part of x; the ranks' results are added up."""
 
     def __init__(self, ops: Ops, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> None:
         """`bias` is added once, by rank 0; others pass None."""
-        super().__init__(ops, weight, bias)
-        self._all_reduce = group.all_reduce
+        self._ops = ops
+        self._weight = ops.pack_linear(weight)
+        self._bias = bias
+        self._group = group
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._all_reduce(self._linear(x, self._weight, self._bias))
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + linear(x); may overwrite `residual`."""
+        if self._group.world_size == 1:
+            return self._ops.linear_add(x, self._weight, self._bias, residual)
+        return self._group.all_reduce(self._ops.linear(x, self._weight, self._bias)).add_(residual)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from tgi_model_server.device import Ops
-from tgi_model_server.layers.linear import Linear
+from tgi_model_server.device import Norm
+from tgi_model_server.layers.linear import Linear, RowParallelLinear
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)); `gate_up` is both matrices stacked."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))); `gate_up` is both matrices stacked."""
 
-    def __init__(self, ops: Ops, gate_up: Linear, down: Linear) -> None:
-        self._silu_mul = ops.silu_mul
+    def __init__(self, norm: Norm, gate_up: Linear, down: RowParallelLinear) -> None:
+        self._norm = norm
         self._gate_up = gate_up
         self._down = down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._down(self._silu_mul(self._gate_up(x)))
+        """x [T, hidden], which may be overwritten."""
+        return self._down.add(self._gate_up.normed_and_gated(x, self._norm), x)

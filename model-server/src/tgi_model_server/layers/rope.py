@@ -174,7 +174,7 @@ class Rope:
         self._sin = (angles.sin() * config.attention_factor).to(device)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [T] -> cos, sin, float32 [T, rotary_dim / 2]."""
+        """int32 or int64 [T] -> cos, sin, float32 [T, rotary_dim / 2]."""
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from tgi_model_server.device import AttentionShape, Ops
+from tgi_model_server.device import AttentionShape, HeadNorms, Norm, Ops
 from tgi_model_server.kv.pool import PagePool
 from tgi_model_server.layers.attention import Attention
 from tgi_model_server.layers.embedding import Embedding, Head
 from tgi_model_server.layers.linear import Linear, RowParallelLinear
 from tgi_model_server.layers.mlp import GatedMLP
-from tgi_model_server.layers.norm import RMSNorm
 from tgi_model_server.layers.rope import Rope
 from tgi_model_server.models.config import ModelConfig
 from tgi_model_server.parallel import Group
@@ -39,29 +38,22 @@ class Llama:
         self._embed = Embedding(embedding, group)
         self._rope = Rope(config.rope, max_positions, device)
         self._layers = [_Layer(config, shape, weights, ops, index, group) for index in range(config.num_layers)]
-        self._norm = _norm(config, weights, ops, "model.norm")
+        norm = _norm(config, weights, "model.norm")
         if config.tie_word_embeddings:
             weights.ignore("lm_head.weight")
             head = embedding
         else:
             head = weights.take("lm_head.weight", vocabulary, split=0, padded=True)
-        self._head = Head(ops, head, config.vocab_size, group)
+        self._head = Head(ops, norm, head, config.vocab_size, group)
 
     def forward(self, step: StepInput, kv: PagePool) -> torch.Tensor:
-        """Normalized hidden states of all new tokens, [T, hidden]; their keys and values go into `kv`."""
+        """The residual stream of all new tokens, [T, hidden]; their keys and values go into `kv`."""
         cos, sin = self._rope.at(step.positions)
-        residual = self._embed(step.input_ids)
-        x: torch.Tensor | None = None
+        x = self._embed(step.input_ids)
         for layer, keys, values in zip(self._layers, kv.keys, kv.values, strict=True):
-            if x is None:
-                normed = layer.input_norm(residual)
-            else:
-                normed, residual = layer.input_norm.add(x, residual)
-            attended = layer.attention(normed, cos, sin, keys, values, step.attention)
-            normed, residual = layer.middle_norm.add(attended, residual)
-            x = layer.mlp(normed)
-        assert x is not None, "a model has layers"
-        return self._norm.add(x, residual)[0]
+            x = layer.attention(x, cos, sin, keys, values, step.attention)
+            x = layer.mlp(x)
+        return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> float32 [rows, vocabulary]"""
@@ -84,16 +76,20 @@ class _Layer:
 
             return Linear(ops, take("weight", hidden), take("bias") if bias else None)
 
-        def back(name: str, columns: int, bias: bool) -> Linear:
+        def back(name: str, columns: int, bias: bool) -> RowParallelLinear:
             weight = weights.take(f"{name}.weight", (hidden, columns), split=1)
             added = weights.take(f"{name}.bias", (hidden,)) if bias else None
             return RowParallelLinear(ops, weight, added if group.rank == 0 else None, group)
 
+        def head_norms(name: str) -> HeadNorms:
+            q_weight, k_weight = (weights.take(f"{name}.{part}_norm.weight", (config.head_dim,)) for part in "qk")
+            return HeadNorms(q_weight, k_weight, config.rms_norm_eps)
+
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        self.input_norm = _norm(config, weights, ops, f"{prefix}.input_layernorm")
         self.attention = Attention(
             ops,
             shape,
+            _norm(config, weights, f"{prefix}.input_layernorm"),
             stacked(
                 [f"{attention}.{part}_proj" for part in "qkv"],
                 (q_rows, kv_rows, kv_rows),
@@ -101,17 +97,15 @@ class _Layer:
                 (config.num_heads, config.num_kv_heads, config.num_kv_heads),
             ),
             back(f"{attention}.o_proj", q_rows, config.o_bias),
-            q_norm=_norm(config, weights, ops, f"{attention}.q_norm", config.head_dim) if config.qk_norm else None,
-            k_norm=_norm(config, weights, ops, f"{attention}.k_norm", config.head_dim) if config.qk_norm else None,
+            head_norms=head_norms(attention) if config.qk_norm else None,
             sliding_window=config.sliding_windows[index],
         )
-        self.middle_norm = _norm(config, weights, ops, f"{prefix}.post_attention_layernorm")
         self.mlp = GatedMLP(
-            ops,
+            _norm(config, weights, f"{prefix}.post_attention_layernorm"),
             stacked((f"{mlp}.gate_proj", f"{mlp}.up_proj"), (inner, inner), config.mlp_bias),
             back(f"{mlp}.down_proj", inner, config.mlp_bias),
         )
 
 
-def _norm(config: ModelConfig, weights: Weights, ops: Ops, name: str, size: int | None = None) -> RMSNorm:
-    return RMSNorm(ops, weights.take(f"{name}.weight", (size or config.hidden_size,)), config.rms_norm_eps)
+def _norm(config: ModelConfig, weights: Weights, name: str) -> Norm:
+    return Norm(weights.take(f"{name}.weight", (config.hidden_size,)), config.rms_norm_eps)

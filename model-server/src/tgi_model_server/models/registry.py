@@ -20,11 +20,11 @@ class Model(Protocol):
     """A decoder with its weights on one rank."""
 
     def forward(self, step: StepInput, kv: PagePool) -> torch.Tensor:
-        """Hidden states of all new tokens, [T, hidden]; their keys and values go into `kv`."""
+        """The residual stream of all new tokens, [T, hidden]; their keys and values go into `kv`."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> float32 [rows, vocabulary]"""
+        """Rows of what `forward` gave, [rows, hidden] -> float32 [rows, vocabulary]"""
         ...
 
 

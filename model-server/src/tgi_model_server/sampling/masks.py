@@ -29,6 +29,7 @@ from tgi_gateway.types import FinishReason, Request
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.sampling.grammar import Constraint, Words, clear
 from tgi_model_server.step import StepOutput
+from tgi_model_server.transfer import to_device
 
 _THREAD_WORDS = 1 << 14
 """Masks of fewer words in all are computed sooner than another thread wakes up."""
@@ -56,13 +57,13 @@ class RowMasks:
             forbidden = self.unpacked[:, :width]
         else:
             # An eighth of the bytes to move, and the device has the time to unpack them.
-            packed = torch.from_numpy(self.words.view(np.uint8)).to(logits.device, non_blocking=True)
-            bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=logits.device)
+            packed = to_device(self.words.view(np.uint8), torch.uint8, logits.device)
+            bits = to_device([1, 2, 4, 8, 16, 32, 64, 128], torch.uint8, logits.device)
             forbidden = ((packed[:, :, None] & bits) == 0).view(rows, -1)[:, :width]
         if rows == logits.shape[0]:
             logits.masked_fill_(forbidden, float("-inf"))
             return
-        index = torch.tensor(self.rows, dtype=torch.int64).to(logits.device, non_blocking=True)
+        index = to_device(self.rows, torch.int64, logits.device)
         logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, float("-inf")))
 
 

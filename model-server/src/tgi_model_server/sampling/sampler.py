@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from tgi_model_server.sampling.penalties import TokenCounts
 from tgi_model_server.sampling.uniform import uniform
 from tgi_model_server.sampling.watermark import Watermark
 from tgi_model_server.step import StepOutput
+from tgi_model_server.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,12 @@ class Sampler:
         eos_token_ids: Sequence[int],
         device: torch.device,
         watermark: Watermark | None = None,
+        argmax: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits.argmax(-1),
         peek: bool = True,
     ) -> None:
-        """`peek`: looking at a value costs nothing, because steps run in the caller's thread."""
+        """`argmax` is the device's. `peek`: looking at a value costs nothing, as steps run in the caller's thread."""
         self._peek = peek
+        self._argmax = argmax
         self._vocab_size = vocab_size
         # Some models name a padding id of their tokenizer that they have no logit for.
         self._eos = tuple(token for token in eos_token_ids if token < vocab_size)
@@ -167,7 +170,7 @@ class Sampler:
 
     def _choose(self, logits: torch.Tensor, batch: _Batch, output_lens: Sequence[int]) -> torch.Tensor:
         if batch.drawn is None:
-            return logits.argmax(-1)
+            return self._argmax(logits)
         drawn = batch.drawn
         all_drawn = len(drawn.indices) == len(batch.slots)
         chosen = logits if all_drawn else logits.index_select(0, drawn.rows)
@@ -176,10 +179,10 @@ class Sampler:
         picked = filters.draw(chosen, self._tensor(numbers, torch.float64)[:, None])
         if all_drawn:
             return picked
-        return logits.argmax(-1).index_copy_(0, drawn.rows, picked)
+        return self._argmax(logits).index_copy_(0, drawn.rows, picked)
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+        return to_device(values, dtype, self._device)
 
 
 class _Batch:
@@ -187,7 +190,7 @@ class _Batch:
 
     def __init__(self, slots: list[int], rules: list[_Slot], device: torch.device) -> None:
         self.slots = slots
-        self.slot_ids = torch.tensor(slots, dtype=torch.int64, device=device)
+        self.slot_ids = to_device(slots, torch.int64, device)
         self.watermarked = [row for row, rule in enumerate(rules) if rule.request.sampling.watermark]
         self.biased = [
             (row, rule.bias_ids, rule.bias)
@@ -195,7 +198,7 @@ class _Batch:
             if rule.bias_ids is not None and rule.bias is not None
         ]
         self.scored = [row for row, rule in enumerate(rules) if rule.scored]
-        self.scored_rows = torch.tensor(self.scored, dtype=torch.int64, device=device)
+        self.scored_rows = to_device(self.scored, torch.int64, device)
         self.top_sizes = [rules[row].request.top_n_tokens for row in self.scored]
         self.largest_top = max(self.top_sizes, default=0)
         penalized = [row for row, rule in enumerate(rules) if rule.penalized]
@@ -207,8 +210,8 @@ class _Batch:
 class _Penalized:
     def __init__(self, rows: list[int], slots: list[int], rules: list[_Slot], device: torch.device) -> None:
         params = [rules[row].request.sampling for row in rows]
-        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        self.slot_ids = torch.tensor([slots[row] for row in rows], dtype=torch.int64, device=device)
+        self.rows = to_device(rows, torch.int64, device)
+        self.slot_ids = to_device([slots[row] for row in rows], torch.int64, device)
         self.repetition = _column([each.repetition_penalty for each in params], device)
         self.frequency = _column([each.frequency_penalty for each in params], device)
         self.presence = _column([each.presence_penalty for each in params], device)
@@ -228,7 +231,7 @@ class _Drawn:
     def __init__(self, rows: list[int], rules: list[_Slot], device: torch.device) -> None:
         params = [rules[row].request.sampling for row in rows]
         self.indices = rows
-        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.rows = to_device(rows, torch.int64, device)
         self.seeds = [each.seed for each in params]
         self.temperature = _column([each.temperature for each in params], device)
         # A neutral row is left out rather than filtered with a neutral value, whose rounding might remove a token.
@@ -256,7 +259,7 @@ def _filter(values: list[float], neutral: float, device: torch.device) -> _Filte
     if not rows:
         return None
     used = [values[row] for row in rows]
-    index = torch.tensor(rows, dtype=torch.int64, device=device)
+    index = to_device(rows, torch.int64, device)
     return _Filter(index, _column(used, device), len(rows) == len(values), int(max(used)))
 
 
@@ -269,4 +272,4 @@ def _apply(part: _Filter, logits: torch.Tensor, filtered: torch.Tensor) -> torch
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    return to_device(values, torch.float32, device)[:, None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepLimits
+from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepDefaults, StepLimits
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, ReferencePlan, reference_plan
@@ -23,6 +23,7 @@ class ReferenceDevice:
     name: str = "reference"
     pipeline_depth: int = 1
     collective_backend: str = "gloo"
+    defaults: StepDefaults = field(default_factory=StepDefaults)
 
     def __post_init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -48,8 +49,10 @@ class ReferenceDevice:
         del shape
         return self.layout
 
-    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> ReferencePlan:
-        del shape
+    def plan_attention(
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> ReferencePlan:
+        del shape, bucket
         return reference_plan(plan, layout, self.torch_device)
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
@@ -128,7 +131,9 @@ class HotOnRank1(ReferenceDevice):
     def join(self, shard: Shard) -> None:
         self.rank = shard.rank
 
-    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> ReferencePlan:
+    def plan_attention(
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> ReferencePlan:
         if self.rank == 1 and max(plan.kv_lens) >= 64:
             raise RuntimeError("the chip is too hot")
-        return super().plan_attention(plan, shape, layout)
+        return super().plan_attention(plan, shape, layout, bucket)

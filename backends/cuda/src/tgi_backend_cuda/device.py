@@ -1,0 +1,116 @@
+"""CudaDevice: one NVIDIA GPU. Decode steps are CUDA graphs; steps with prompts run as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tgi_backend_cuda.graphs import Recorder, graph_sizes
+from tgi_backend_cuda.ops import CudaOps
+from tgi_gateway.errors import StartError
+from tgi_model_server.device import (
+    AttentionShape,
+    Bucket,
+    Forward,
+    KVLayout,
+    MemoryFigures,
+    StepDefaults,
+    StepLimits,
+)
+from tgi_model_server.kernels.launch import Tuning
+from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
+from tgi_model_server.parallel import Group, Shard
+from tgi_model_server.plan import StepPlan
+from tgi_model_server.step import StepInput
+
+PAGE_SIZE = 32
+OLDEST = (8, 0)
+"""Compute capability that has bfloat16 and asynchronous copies."""
+
+
+class CudaDevice:
+    """The GPU of this rank. `device.Device` says what each member means."""
+
+    pipeline_depth = 2
+    collective_backend = "nccl"
+    defaults = StepDefaults(max_rows=256, prefill_tokens=8192, mixed_tokens=2048)
+
+    def __init__(self) -> None:
+        """Raises `StartError` where there is no GPU that the kernels can run on."""
+        if not torch.cuda.is_available():
+            raise StartError("no NVIDIA GPU can be used: torch finds none. Check nvidia-smi and CUDA_VISIBLE_DEVICES.")
+        self._choose(0)
+        # Sums in bfloat16, which the library takes for some shapes, cost a digit and gain nothing that was measured.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        self.tuning = Tuning()
+        self.ops = CudaOps(self.tuning)
+        self._recorder = Recorder()
+        self._limits: StepLimits | None = None
+        self._fixed: dict[Bucket, FixedPlan] = {}
+
+    def _choose(self, index: int) -> None:
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        properties = torch.cuda.get_device_properties(index)
+        if (properties.major, properties.minor) < OLDEST:
+            raise StartError(
+                f"{properties.name} has compute capability {properties.major}.{properties.minor}; this backend needs "
+                f"{OLDEST[0]}.{OLDEST[1]} or newer."
+            )
+        self.name = properties.name
+        self._cores = properties.multi_processor_count
+
+    def join(self, shard: Shard) -> None:
+        """One GPU for each rank, in the order that torch lists them."""
+        found = torch.cuda.device_count()
+        if shard.world_size > found:
+            raise StartError(f"--num-shard is {shard.world_size}, but torch finds {found} GPUs. Lower it.")
+        self._choose(shard.rank)
+
+    def collectives(self, group: Group) -> Group:
+        return group
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:  # noqa: ARG002
+        """The checkpoint's, where it is one of 16 bits; else bfloat16, which holds every float32's range."""
+        return checkpoint_dtype if checkpoint_dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+    def memory(self) -> MemoryFigures:
+        """What torch keeps for itself but does not use is free, too."""
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return MemoryFigures(total=total, free=min(free + kept, total))
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
+    def kv_layout(self, shape: AttentionShape) -> KVLayout:  # noqa: ARG002
+        return KVLayout(PAGE_SIZE)
+
+    def plan_attention(
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> TritonAttentionPlan:
+        if bucket is None:
+            return triton_plan(plan, shape, layout, device=self.torch_device, cores=self._cores, tuning=self.tuning)
+        fixed = self._fixed.get(bucket)
+        if fixed is None:
+            assert self._limits is not None, "buckets() comes first"
+            fixed = self._fixed[bucket] = FixedPlan(
+                bucket,
+                self._limits.max_kv_len,
+                shape,
+                layout,
+                device=self.torch_device,
+                cores=self._cores,
+                tuning=self.tuning,
+            )
+        fixed.update(plan)
+        return fixed.plan
+
+    def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
+        self._limits = limits
+        return [Bucket(rows, rows) for rows in graph_sizes(limits.max_rows, limits.decode_sizes)]
+
+    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:  # noqa: ARG002
+        return self._recorder.record(forward, example)
