@@ -164,6 +164,15 @@ class ReportsLoss(Protocol):
         ...
 
 
+@runtime_checkable
+class CancelsByName(Protocol):
+    """What a Backend may offer besides: requests that came through other HTTP workers, cancelled by name."""
+
+    async def cancel_named(self, tenant: str, name: str) -> int:
+        """Cancel the tenant's open requests of that name; returns how many there were. Raises `Unhealthy`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
     """A command-line flag that a plug-in adds. The environment variable is the name in upper case with underscores."""

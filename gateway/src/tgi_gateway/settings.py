@@ -123,14 +123,29 @@ class Settings:
         None, SERVER, TEXT, "Key that clients must send. Prefer the variable: a command line is visible to others.",
         secret=True,
     )  # fmt: skip
+    api_keys: tuple[str, ...] = _flag(
+        (), SERVER, comma_list(TEXT, "KEY,...", repeatable=True), "Further keys, any of which will do.", secret=True
+    )
+    api_keys_file: str | None = _flag(
+        None, SERVER, FILE, "File of further keys, one a line: the key itself, or sha256: and its digest in hex."
+    )
     public_routes: tuple[str, ...] = _flag(
         ("/health", "/ping"), SERVER, comma_list(TEXT, "ROUTE,..."), "Routes that need no API key."
     )
+    aip_predict_route: str | None = _flag(None, SERVER, TEXT, "On Vertex AI: a further path of /vertex.", typed=False)
+    aip_health_route: str | None = _flag(
+        None, SERVER, TEXT, "On Vertex AI: a further path of /health; it needs no API key.", typed=False
+    )
+    aip_http_port: str | None = _flag(None, SERVER, TEXT, "On Vertex AI: replaces --port.", typed=False)
     cors_allow_origin: tuple[str, ...] = _flag(
         (), SERVER, comma_list(TEXT, "ORIGIN", repeatable=True), "Origin that browsers may call from; repeatable.",
         shown_default="every origin",
     )  # fmt: skip
     payload_limit: int = _flag(2_000_000, SERVER, whole(1), "Largest request body in bytes.")
+    request_timeout: float | None = _flag(
+        None, SERVER, number(0), "Longest time of one request in seconds, its answer included.",
+        shown_default="no limit",
+    )  # fmt: skip
     graceful_termination_timeout: int = _flag(
         90,
         SERVER,
@@ -147,6 +162,10 @@ class Settings:
     max_concurrent_requests: int = _flag(
         128, LIMITS, whole(1), "Requests that may be open at once; more are answered with 429."
     )
+    max_concurrent_requests_per_key: int | None = _flag(
+        None, LIMITS, whole(1), "Requests that one API key may have open at once; more are answered with 429.",
+        shown_default="no limit of its own",
+    )  # fmt: skip
     max_input_tokens: int | None = _flag(
         None, LIMITS, whole(1), "Longest prompt, in tokens.", shown_default="--max-total-tokens less one"
     )
@@ -158,6 +177,12 @@ class Settings:
     max_top_n_tokens: int = _flag(5, LIMITS, whole(0), "Largest `top_n_tokens`.")
     max_client_batch_size: int = _flag(4, LIMITS, whole(1), "Most inputs in one client batch.")
     validation_workers: int = _flag(2, LIMITS, whole(0), "Threads for tokenization, per HTTP worker.")
+    share_prefixes_across_keys: bool = _flag(
+        False,
+        LIMITS,
+        SWITCH,
+        "Let requests of one API key use cached prefixes of another's, who may then notice by the time it takes.",
+    )
     disable_grammar_support: bool = _flag(False, LIMITS, SWITCH, "Refuse requests with a grammar.")
     strict: bool = _flag(False, LIMITS, SWITCH, "Refuse unknown request fields, instead of ignoring them as TGI does.")
 
@@ -266,6 +291,7 @@ class Settings:
         _refuse_ngrok(values)
         _merge_input_length(values)
         _ignore_container_hostname(values, argv)
+        _use_vertex_port(values)
         settings = Settings(**values, extra=own, given=tuple(sorted(values)))  # type: ignore[arg-type]
         settings.check()
         return settings
@@ -307,12 +333,24 @@ class Settings:
                 self.quantize == "exl2" and (shards or 1) > 1,
                 "Sharding is currently not supported with `exl2` quantization",
             ),
+            (
+                any(
+                    route is not None and not route.startswith("/")
+                    for route in (self.aip_predict_route, self.aip_health_route)
+                ),
+                "`AIP_PREDICT_ROUTE` and `AIP_HEALTH_ROUTE` must begin with a slash",
+            ),
             (adapter is not None, f"Invalid LoRA adapter format: {adapter}"),
             (
                 self.log_level.lower() not in LOG_LEVELS,
                 f"`LOG_LEVEL` is {self.log_level!r}; allowed: {' | '.join(LOG_LEVELS)}",
             ),
         ]
+
+    @property
+    def open_routes(self) -> tuple[str, ...]:
+        """Routes that need no API key."""
+        return (*self.public_routes, *((self.aip_health_route,) if self.aip_health_route else ()))
 
     def resolved(self) -> Settings:
         """The same with what follows from other settings filled in; what the engine decides stays None."""
@@ -381,7 +419,7 @@ class Settings:
         """For processes that need none."""
         return dataclasses.replace(
             self,
-            **{name: None for name, option in _OPTIONS.items() if option.secret},  # type: ignore[arg-type]
+            **{name: option.default for name, option in _OPTIONS.items() if option.secret},  # type: ignore[arg-type]
         )
 
     def to_json(self) -> bytes:
@@ -462,6 +500,13 @@ def _merge_input_length(values: dict[str, object]) -> None:
             f"({legacy}) are set. Set only `max_input_tokens`; `max_input_length` is its older name"
         )
     values["max_input_tokens"] = legacy
+
+
+def _use_vertex_port(values: dict[str, object]) -> None:
+    """Vertex AI tells the port by a variable; as TGI, what is no port is no reason to fail."""
+    text = str(values.get("aip_http_port", ""))
+    if text.isascii() and text.isdecimal() and int(text) <= 65535:
+        values["port"] = int(text)
 
 
 def _ignore_container_hostname(values: dict[str, object], argv: Sequence[str]) -> None:

@@ -123,6 +123,10 @@ class Request:
     """Requests share cached prefixes only with requests of the same salt."""
     priority: int = 0
     """Lower enters first."""
+    name: str = ""
+    """The HTTP request's id, by which its tenant may cancel it through any HTTP worker; engines ignore it."""
+    tenant: str = ""
+    """Whose request it is, where there are several API keys; engines ignore it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,18 +91,21 @@ class Dispatch:
         backend: Backend,
         *,
         max_concurrent_requests: int,
+        max_concurrent_requests_per_key: int | None = None,
         observer: HostObserver | None = None,
         probe_timeout_s: float = 10.0,
         stall_s: float = 10.0,
         fresh_s: float = 1.0,
     ) -> None:
-        """`max_concurrent_requests` bounds waiting and running requests together; the next one is overloaded.
+        """`max_concurrent_requests` bounds waiting and running requests together, `max_concurrent_requests_per_key`
+        those of one tenant; the next one is overloaded.
 
         Health: busy without an event for `stall_s` asks the engine itself, idle for `fresh_s` asks for a token, which
         must come within `probe_timeout_s`.
         """
         self._backend = backend
         self._max_concurrent_requests = max_concurrent_requests
+        self._max_per_key = max_concurrent_requests_per_key
         self._observer = observer
         self._observer_lock = threading.Lock()
         self._probe_timeout_s = probe_timeout_s
@@ -234,7 +237,12 @@ class Dispatch:
             raise ValidationError(f"request id {request.request_id} is already open")
         if len(self._queue) + len(self._running) >= self._max_concurrent_requests:
             raise Overloaded
+        if self._max_per_key is not None and self._open_of(request.tenant) >= self._max_per_key:
+            raise Overloaded(f"This API key has {self._max_per_key} requests open, which is the most it may have")
         self._queue.add(Ticket(request, next(self._arrivals), time.perf_counter()))
+
+    def _open_of(self, tenant: str) -> int:
+        return sum(ticket.request.tenant == tenant for ticket in itertools.chain(self._queue, self._running.values()))
 
     async def _recheck(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tgi_gateway.types import Request
@@ -41,6 +42,10 @@ class Queue:
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._waiting
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """In no particular order."""
+        return iter(self._waiting.values())
 
     def add(self, ticket: Ticket) -> None:
         assert ticket.request.request_id not in self._waiting

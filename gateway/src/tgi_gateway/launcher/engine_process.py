@@ -28,7 +28,11 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
     if missing is not None:
         raise PluginError(f"backend `{plugin.name}` cannot run on this machine: {missing}")
     backend = plugin.create(settings.engine_options(Path(assignment.model_path)))
-    dispatch = Dispatch(backend, max_concurrent_requests=settings.max_concurrent_requests)
+    dispatch = Dispatch(
+        backend,
+        max_concurrent_requests=settings.max_concurrent_requests,
+        max_concurrent_requests_per_key=settings.max_concurrent_requests_per_key,
+    )
     server = await serve(dispatch, Path(assignment.socket_path))
     dispatch.observe(
         HostMetrics(Metrics(), max_batch_total_tokens=server.info.max_batch_total_tokens, capacity=dispatch.capacity)

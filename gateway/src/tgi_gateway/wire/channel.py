@@ -10,7 +10,7 @@ from pathlib import Path
 from tgi_gateway.errors import StartError
 
 SERVICE = "tgi_gateway.wire.Engine"
-ATTACH, HEALTH = "Attach", "Health"
+ATTACH, HEALTH, CANCEL = "Attach", "Health", "Cancel"
 
 MAX_MESSAGE_BYTES = 256 << 20
 """A prompt of a million tokens takes about 4 MB; its log-probabilities 8 MB."""

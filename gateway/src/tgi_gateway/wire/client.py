@@ -17,7 +17,7 @@ from tgi_gateway.backend import API_VERSION, Capabilities, Capacity, Emit, Model
 from tgi_gateway.errors import GatewayError, IncompleteGeneration, StartError, Unhealthy, ValidationError
 from tgi_gateway.types import Failed, Request, StepEvents
 from tgi_gateway.wire import engine_pb2 as pb
-from tgi_gateway.wire.channel import ATTACH, HEALTH, SERVICE, WORKER_OPTIONS, address
+from tgi_gateway.wire.channel import ATTACH, CANCEL, HEALTH, SERVICE, WORKER_OPTIONS, address
 from tgi_gateway.wire.codec import (
     decode_capabilities,
     decode_capacity,
@@ -145,6 +145,21 @@ class RemoteBackend:
             if error.code() is grpc.StatusCode.UNAVAILABLE and self._attached:
                 raise Unhealthy(error.details() or "unhealthy") from error
             raise Unhealthy("The engine does not answer") from error
+
+    async def cancel_named(self, tenant: str, name: str) -> int:
+        """See `tgi_gateway.backend.CancelsByName`."""
+        if self._channel is None or not self._attached:
+            raise Unhealthy("The engine is not available")
+        cancel = self._channel.unary_unary(
+            f"/{SERVICE}/{CANCEL}",
+            request_serializer=pb.CancelRequest.SerializeToString,
+            response_deserializer=pb.CancelReply.FromString,
+        )
+        try:
+            reply = await cancel(pb.CancelRequest(tenant=tenant, name=name), timeout=HEALTH_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise Unhealthy("The engine does not answer") from error
+        return int(reply.cancelled)
 
     async def stop(self, drain_s: float) -> None:
         """Detach this worker; the engine goes on for the others."""

@@ -67,6 +67,8 @@ def encode_request(request: Request) -> pb.Request:
         adapter_id=request.adapter_id,
         cache_salt=request.cache_salt,
         priority=request.priority,
+        name=request.name,
+        tenant=request.tenant,
     )
 
 
@@ -110,6 +112,8 @@ def decode_request(message: pb.Request) -> Request:
         adapter_id=message.adapter_id if message.HasField("adapter_id") else None,
         cache_salt=message.cache_salt,
         priority=message.priority,
+        name=message.name,
+        tenant=message.tenant,
     )
 
 

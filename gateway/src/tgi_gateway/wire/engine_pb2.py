@@ -24,45 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtgi_gateway/wire/engine.proto\x12\x10tgi_gateway.wire\"\x0f\n\rHealthRequest\"\r\n\x0bHealthReply\"q\n\nFromWorker\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.tgi_gateway.wire.Hello\x12*\n\x07submits\x18\x02 \x03(\x0b\x32\x19.tgi_gateway.wire.Request\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x06\",\n\x05Hello\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\r\"q\n\x08\x46romHost\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.tgi_gateway.wire.WelcomeH\x00\x12,\n\x04step\x18\x02 \x01(\x0b\x32\x1c.tgi_gateway.wire.StepEventsH\x00\x42\t\n\x07message\"\x99\x01\n\x07Welcome\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.tgi_gateway.wire.ModelInfo\x12\x34\n\x0c\x63\x61pabilities\x18\x02 \x01(\x0b\x32\x1e.tgi_gateway.wire.Capabilities\x12,\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x1a.tgi_gateway.wire.Capacity\"\x88\x02\n\tModelInfo\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x18\n\x10max_input_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x1e\n\x16max_batch_total_tokens\x18\x04 \x01(\x04\x12 \n\x18max_batch_prefill_tokens\x18\x05 \x01(\r\x12\x15\n\rmax_sequences\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x12\n\nmodel_type\x18\x0b \x01(\t\"\x8e\x01\n\x0c\x43\x61pabilities\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\t\x12\x14\n\x0cprefix_cache\x18\x02 \x01(\x08\x12\x10\n\x08\x62\x61tching\x18\x03 \x01(\x08\x12\x18\n\x10max_top_n_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x62\x61tch_invariant\x18\x05 \x01(\x08\x12\x11\n\ttolerance\x18\x06 \x01(\x01\"\x7f\n\x08\x43\x61pacity\x12\x15\n\rmax_sequences\x18\x01 \x01(\r\x12\x16\n\x0e\x66ree_sequences\x18\x02 \x01(\r\x12\x17\n\x0ftotal_kv_tokens\x18\x03 \x01(\x04\x12\x16\n\x0e\x66ree_kv_tokens\x18\x04 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x04\"\x9f\x02\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x11\n\tinput_ids\x18\x02 \x03(\r\x12\x32\n\x08sampling\x18\x03 \x01(\x0b\x32 .tgi_gateway.wire.SamplingParams\x12)\n\x04stop\x18\x04 \x01(\x0b\x32\x1b.tgi_gateway.wire.StopRules\x12\x10\n\x08logprobs\x18\x05 \x01(\x08\x12\x14\n\x0ctop_n_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefill_logprobs\x18\x07 \x01(\x08\x12\x17\n\nadapter_id\x18\x08 \x01(\tH\x00\x88\x01\x01\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x12\x42\r\n\x0b_adapter_id\"\xc9\x02\n\x0eSamplingParams\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\ttypical_p\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x01\x12\x16\n\x0elogit_bias_ids\x18\x0b \x03(\r\x12\x19\n\x11logit_bias_values\x18\x0c \x03(\x01\x12\x11\n\twatermark\x18\r \x01(\x08\x12*\n\x07grammar\x18\x0e \x01(\x0b\x32\x19.tgi_gateway.wire.Grammar\"\'\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"}\n\tStopRules\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0cstop_strings\x18\x05 \x03(\t\"\xc6\x03\n\nStepEvents\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x06\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x01\x12\x10\n\x08top_rows\x18\x04 \x03(\r\x12\x12\n\ntop_counts\x18\x05 \x03(\r\x12\x0f\n\x07top_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x01\x12\x14\n\x0c\x66inished_ids\x18\x08 \x03(\x06\x12\x38\n\x10\x66inished_reasons\x18\t \x03(\x0e\x32\x1e.tgi_gateway.wire.FinishReason\x12\x15\n\rprompt_tokens\x18\n \x03(\r\x12\x18\n\x10generated_tokens\x18\x0b \x03(\r\x12\x15\n\rcached_tokens\x18\x0c \x03(\r\x12\x0f\n\x07queue_s\x18\r \x03(\x01\x12\x16\n\x0eprefill_counts\x18\x0e \x03(\r\x12\x18\n\x10prefill_logprobs\x18\x0f \x03(\x01\x12(\n\x06\x66\x61iled\x18\x10 \x03(\x0b\x32\x18.tgi_gateway.wire.Failed\x12,\n\x08\x63\x61pacity\x18\x11 \x01(\x0b\x32\x1a.tgi_gateway.wire.Capacity\"A\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x12\n\nerror_type\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t*K\n\x0c\x46inishReason\x12\n\n\x06LENGTH\x10\x00\x12\r\n\tEOS_TOKEN\x10\x01\x12\x11\n\rSTOP_SEQUENCE\x10\x02\x12\r\n\tCANCELLED\x10\x03\x32\x9a\x01\n\x06\x45ngine\x12\x46\n\x06\x41ttach\x12\x1c.tgi_gateway.wire.FromWorker\x1a\x1a.tgi_gateway.wire.FromHost(\x01\x30\x01\x12H\n\x06Health\x12\x1f.tgi_gateway.wire.HealthRequest\x1a\x1d.tgi_gateway.wire.HealthReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtgi_gateway/wire/engine.proto\x12\x10tgi_gateway.wire\"\x0f\n\rHealthRequest\"\r\n\x0bHealthReply\"-\n\rCancelRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\" \n\x0b\x43\x61ncelReply\x12\x11\n\tcancelled\x18\x01 \x01(\r\"q\n\nFromWorker\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.tgi_gateway.wire.Hello\x12*\n\x07submits\x18\x02 \x03(\x0b\x32\x19.tgi_gateway.wire.Request\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x06\",\n\x05Hello\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\r\"q\n\x08\x46romHost\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.tgi_gateway.wire.WelcomeH\x00\x12,\n\x04step\x18\x02 \x01(\x0b\x32\x1c.tgi_gateway.wire.StepEventsH\x00\x42\t\n\x07message\"\x99\x01\n\x07Welcome\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.tgi_gateway.wire.ModelInfo\x12\x34\n\x0c\x63\x61pabilities\x18\x02 \x01(\x0b\x32\x1e.tgi_gateway.wire.Capabilities\x12,\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x1a.tgi_gateway.wire.Capacity\"\x88\x02\n\tModelInfo\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x18\n\x10max_input_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x1e\n\x16max_batch_total_tokens\x18\x04 \x01(\x04\x12 \n\x18max_batch_prefill_tokens\x18\x05 \x01(\r\x12\x15\n\rmax_sequences\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x12\n\nmodel_type\x18\x0b \x01(\t\"\x8e\x01\n\x0c\x43\x61pabilities\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x03(\t\x12\x14\n\x0cprefix_cache\x18\x02 \x01(\x08\x12\x10\n\x08\x62\x61tching\x18\x03 \x01(\x08\x12\x18\n\x10max_top_n_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x62\x61tch_invariant\x18\x05 \x01(\x08\x12\x11\n\ttolerance\x18\x06 \x01(\x01\"\x7f\n\x08\x43\x61pacity\x12\x15\n\rmax_sequences\x18\x01 \x01(\r\x12\x16\n\x0e\x66ree_sequences\x18\x02 \x01(\r\x12\x17\n\x0ftotal_kv_tokens\x18\x03 \x01(\x04\x12\x16\n\x0e\x66ree_kv_tokens\x18\x04 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x04\"\xbd\x02\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x11\n\tinput_ids\x18\x02 \x03(\r\x12\x32\n\x08sampling\x18\x03 \x01(\x0b\x32 .tgi_gateway.wire.SamplingParams\x12)\n\x04stop\x18\x04 \x01(\x0b\x32\x1b.tgi_gateway.wire.StopRules\x12\x10\n\x08logprobs\x18\x05 \x01(\x08\x12\x14\n\x0ctop_n_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefill_logprobs\x18\x07 \x01(\x08\x12\x17\n\nadapter_id\x18\x08 \x01(\tH\x00\x88\x01\x01\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x12\x12\x0c\n\x04name\x18\x0b \x01(\t\x12\x0e\n\x06tenant\x18\x0c \x01(\tB\r\n\x0b_adapter_id\"\xc9\x02\n\x0eSamplingParams\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\ttypical_p\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x01\x12\x16\n\x0elogit_bias_ids\x18\x0b \x03(\r\x12\x19\n\x11logit_bias_values\x18\x0c \x03(\x01\x12\x11\n\twatermark\x18\r \x01(\x08\x12*\n\x07grammar\x18\x0e \x01(\x0b\x32\x19.tgi_gateway.wire.Grammar\"\'\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"}\n\tStopRules\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0cstop_strings\x18\x05 \x03(\t\"\xc6\x03\n\nStepEvents\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x06\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x01\x12\x10\n\x08top_rows\x18\x04 \x03(\r\x12\x12\n\ntop_counts\x18\x05 \x03(\r\x12\x0f\n\x07top_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x01\x12\x14\n\x0c\x66inished_ids\x18\x08 \x03(\x06\x12\x38\n\x10\x66inished_reasons\x18\t \x03(\x0e\x32\x1e.tgi_gateway.wire.FinishReason\x12\x15\n\rprompt_tokens\x18\n \x03(\r\x12\x18\n\x10generated_tokens\x18\x0b \x03(\r\x12\x15\n\rcached_tokens\x18\x0c \x03(\r\x12\x0f\n\x07queue_s\x18\r \x03(\x01\x12\x16\n\x0eprefill_counts\x18\x0e \x03(\r\x12\x18\n\x10prefill_logprobs\x18\x0f \x03(\x01\x12(\n\x06\x66\x61iled\x18\x10 \x03(\x0b\x32\x18.tgi_gateway.wire.Failed\x12,\n\x08\x63\x61pacity\x18\x11 \x01(\x0b\x32\x1a.tgi_gateway.wire.Capacity\"A\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x12\n\nerror_type\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t*K\n\x0c\x46inishReason\x12\n\n\x06LENGTH\x10\x00\x12\r\n\tEOS_TOKEN\x10\x01\x12\x11\n\rSTOP_SEQUENCE\x10\x02\x12\r\n\tCANCELLED\x10\x03\x32\xe4\x01\n\x06\x45ngine\x12\x46\n\x06\x41ttach\x12\x1c.tgi_gateway.wire.FromWorker\x1a\x1a.tgi_gateway.wire.FromHost(\x01\x30\x01\x12H\n\x06Health\x12\x1f.tgi_gateway.wire.HealthRequest\x1a\x1d.tgi_gateway.wire.HealthReply\x12H\n\x06\x43\x61ncel\x12\x1f.tgi_gateway.wire.CancelRequest\x1a\x1d.tgi_gateway.wire.CancelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tgi_gateway.wire.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2370
-  _globals['_FINISHREASON']._serialized_end=2445
+  _globals['_FINISHREASON']._serialized_start=2481
+  _globals['_FINISHREASON']._serialized_end=2556
   _globals['_HEALTHREQUEST']._serialized_start=51
   _globals['_HEALTHREQUEST']._serialized_end=66
   _globals['_HEALTHREPLY']._serialized_start=68
   _globals['_HEALTHREPLY']._serialized_end=81
-  _globals['_FROMWORKER']._serialized_start=83
-  _globals['_FROMWORKER']._serialized_end=196
-  _globals['_HELLO']._serialized_start=198
-  _globals['_HELLO']._serialized_end=242
-  _globals['_FROMHOST']._serialized_start=244
-  _globals['_FROMHOST']._serialized_end=357
-  _globals['_WELCOME']._serialized_start=360
-  _globals['_WELCOME']._serialized_end=513
-  _globals['_MODELINFO']._serialized_start=516
-  _globals['_MODELINFO']._serialized_end=780
-  _globals['_CAPABILITIES']._serialized_start=783
-  _globals['_CAPABILITIES']._serialized_end=925
-  _globals['_CAPACITY']._serialized_start=927
-  _globals['_CAPACITY']._serialized_end=1054
-  _globals['_REQUEST']._serialized_start=1057
-  _globals['_REQUEST']._serialized_end=1344
-  _globals['_SAMPLINGPARAMS']._serialized_start=1347
-  _globals['_SAMPLINGPARAMS']._serialized_end=1676
-  _globals['_GRAMMAR']._serialized_start=1678
-  _globals['_GRAMMAR']._serialized_end=1717
-  _globals['_STOPRULES']._serialized_start=1719
-  _globals['_STOPRULES']._serialized_end=1844
-  _globals['_STEPEVENTS']._serialized_start=1847
-  _globals['_STEPEVENTS']._serialized_end=2301
-  _globals['_FAILED']._serialized_start=2303
-  _globals['_FAILED']._serialized_end=2368
-  _globals['_ENGINE']._serialized_start=2448
-  _globals['_ENGINE']._serialized_end=2602
+  _globals['_CANCELREQUEST']._serialized_start=83
+  _globals['_CANCELREQUEST']._serialized_end=128
+  _globals['_CANCELREPLY']._serialized_start=130
+  _globals['_CANCELREPLY']._serialized_end=162
+  _globals['_FROMWORKER']._serialized_start=164
+  _globals['_FROMWORKER']._serialized_end=277
+  _globals['_HELLO']._serialized_start=279
+  _globals['_HELLO']._serialized_end=323
+  _globals['_FROMHOST']._serialized_start=325
+  _globals['_FROMHOST']._serialized_end=438
+  _globals['_WELCOME']._serialized_start=441
+  _globals['_WELCOME']._serialized_end=594
+  _globals['_MODELINFO']._serialized_start=597
+  _globals['_MODELINFO']._serialized_end=861
+  _globals['_CAPABILITIES']._serialized_start=864
+  _globals['_CAPABILITIES']._serialized_end=1006
+  _globals['_CAPACITY']._serialized_start=1008
+  _globals['_CAPACITY']._serialized_end=1135
+  _globals['_REQUEST']._serialized_start=1138
+  _globals['_REQUEST']._serialized_end=1455
+  _globals['_SAMPLINGPARAMS']._serialized_start=1458
+  _globals['_SAMPLINGPARAMS']._serialized_end=1787
+  _globals['_GRAMMAR']._serialized_start=1789
+  _globals['_GRAMMAR']._serialized_end=1828
+  _globals['_STOPRULES']._serialized_start=1830
+  _globals['_STOPRULES']._serialized_end=1955
+  _globals['_STEPEVENTS']._serialized_start=1958
+  _globals['_STEPEVENTS']._serialized_end=2412
+  _globals['_FAILED']._serialized_start=2414
+  _globals['_FAILED']._serialized_end=2479
+  _globals['_ENGINE']._serialized_start=2559
+  _globals['_ENGINE']._serialized_end=2787
 # @@protoc_insertion_point(module_scope)

@@ -25,6 +25,20 @@ class HealthReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class CancelRequest(_message.Message):
+    __slots__ = ("tenant", "name")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    name: str
+    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class CancelReply(_message.Message):
+    __slots__ = ("cancelled",)
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    cancelled: int
+    def __init__(self, cancelled: _Optional[int] = ...) -> None: ...
+
 class FromWorker(_message.Message):
     __slots__ = ("hello", "submits", "cancels")
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -118,7 +132,7 @@ class Capacity(_message.Message):
     def __init__(self, max_sequences: _Optional[int] = ..., free_sequences: _Optional[int] = ..., total_kv_tokens: _Optional[int] = ..., free_kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "input_ids", "sampling", "stop", "logprobs", "top_n_tokens", "prefill_logprobs", "adapter_id", "cache_salt", "priority")
+    __slots__ = ("request_id", "input_ids", "sampling", "stop", "logprobs", "top_n_tokens", "prefill_logprobs", "adapter_id", "cache_salt", "priority", "name", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +143,8 @@ class Request(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     input_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -139,7 +155,9 @@ class Request(_message.Message):
     adapter_id: str
     cache_salt: str
     priority: int
-    def __init__(self, request_id: _Optional[int] = ..., input_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., logprobs: bool = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., adapter_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    name: str
+    tenant: str
+    def __init__(self, request_id: _Optional[int] = ..., input_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., logprobs: bool = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., adapter_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias_ids", "logit_bias_values", "watermark", "grammar")

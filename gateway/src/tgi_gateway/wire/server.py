@@ -16,7 +16,7 @@ from tgi_gateway.backend import API_VERSION, Backend, ModelInfo
 from tgi_gateway.errors import Unhealthy, ValidationError
 from tgi_gateway.types import Failed, StepEvents
 from tgi_gateway.wire import engine_pb2 as pb
-from tgi_gateway.wire.channel import ATTACH, HEALTH, OPTIONS, SERVICE, WORKER_SHIFT, address, prepare_folder
+from tgi_gateway.wire.channel import ATTACH, CANCEL, HEALTH, OPTIONS, SERVICE, WORKER_SHIFT, address, prepare_folder
 from tgi_gateway.wire.codec import decode_request, encode_capacity, encode_step, encode_welcome
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ class _Attached:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.open: set[int] = set()
+        self.open: dict[int, tuple[str, str]] = {}
+        """Open requests, each with its tenant and name."""
         self.pending: list[StepEvents] = []
         self.pending_rows = 0
         self.wake = asyncio.Event()
@@ -81,6 +82,9 @@ class WireServer:
             HEALTH: grpc.unary_unary_rpc_method_handler(
                 self._health, pb.HealthRequest.FromString, pb.HealthReply.SerializeToString
             ),
+            CANCEL: grpc.unary_unary_rpc_method_handler(
+                self._cancel, pb.CancelRequest.FromString, pb.CancelReply.SerializeToString
+            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         server.add_insecure_port(target)
@@ -115,9 +119,9 @@ class WireServer:
         with self._lock:
             for worker, part in self._split(events):
                 for finished in part.finished:
-                    worker.open.discard(finished.request_id)
+                    worker.open.pop(finished.request_id, None)
                 for failed in part.failed:
-                    worker.open.discard(failed.request_id)
+                    worker.open.pop(failed.request_id, None)
                 if not worker.pending:
                     wake.append(worker)
                 worker.pending.append(part)
@@ -204,7 +208,7 @@ class WireServer:
         with self._lock:
             if self._workers.get(worker.index) is worker:
                 del self._workers[worker.index]
-            orphans, worker.open = worker.open, set()
+            orphans, worker.open = worker.open, {}
         for request_id in orphans:
             self._backend.cancel(request_id)
 
@@ -232,7 +236,7 @@ class WireServer:
         with self._lock:
             if request_id in worker.open:
                 raise ValueError(f"request id {request_id} is already open")
-            worker.open.add(request_id)
+            worker.open[request_id] = (message.tenant, message.name)
         try:
             request = decode_request(message)
         except ValueError as error:
@@ -278,6 +282,14 @@ class WireServer:
         except Unhealthy as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         return pb.HealthReply()
+
+    async def _cancel(self, wanted: pb.CancelRequest, _context: Context) -> pb.CancelReply:
+        key = (wanted.tenant, wanted.name)
+        with self._lock:
+            found = [each for worker in self._workers.values() for each, known in worker.open.items() if known == key]
+        for request_id in found:
+            self._backend.cancel(request_id)
+        return pb.CancelReply(cancelled=len(found))
 
 
 def _merge(steps: list[StepEvents]) -> StepEvents:
