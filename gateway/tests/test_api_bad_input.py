@@ -17,11 +17,25 @@ PATHS = [
     "/generate",
     "/generate_stream",
     "/tokenize",
+    "/detokenize",
     "/chat_tokenize",
+    "/invocations",
+    "/vertex",
+    "/v2/models/m/versions/1/infer",
     "/v1/chat/completions",
     "/v1/completions",
 ]
 JSON = {"content-type": "application/json"}
+
+
+def rejection(path: str, text: str) -> str:
+    """What is said about a body that cannot be read: plain text on native routes, OpenAI's object on its own."""
+    if not path.startswith("/v1/"):
+        return text
+    told = json.loads(text)["error"]
+    assert told.keys() == {"message", "type", "param", "code"}
+    assert told["type"] == "invalid_request_error"
+    return str(told["message"])
 
 
 async def send(worker: Worker, path: str, raw: bytes, **headers: str) -> tuple[int, str]:
@@ -50,19 +64,19 @@ async def send(worker: Worker, path: str, raw: bytes, **headers: str) -> tuple[i
         b'{"x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
     ],
 )
-async def test_what_is_no_json_is_400_in_plain_text(worker: Worker, path: str, raw: bytes) -> None:
+async def test_what_is_no_json_is_400(worker: Worker, path: str, raw: bytes) -> None:
     status, text = await send(worker, path, raw)
     assert status == 400, text
-    assert text.startswith("Failed to parse the request body as JSON: ")
-    assert len(text) < 300
+    assert rejection(path, text).startswith("Failed to parse the request body as JSON: ")
+    assert len(text) < 400
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("raw", [b"[]", b"null", b"3", b'"text"', b"{}", b'{"inputs": 3, "messages": 3, "prompt": 3}'])
-async def test_json_of_the_wrong_shape_is_422_in_plain_text(worker: Worker, path: str, raw: bytes) -> None:
+async def test_json_of_the_wrong_shape_is_422(worker: Worker, path: str, raw: bytes) -> None:
     status, text = await send(worker, path, raw)
     assert status == 422
-    assert text.startswith("Failed to deserialize the JSON body into the target type: ")
+    assert rejection(path, text).startswith("Failed to deserialize the JSON body into the target type: ")
 
 
 @pytest.mark.parametrize(
@@ -115,19 +129,22 @@ async def test_every_kind_of_json_is_accepted(worker: Worker, kind: str) -> None
     assert (await send(worker, "/generate", raw, **{"content-type": kind}))[0] == 200
 
 
-async def test_unknown_fields_are_ignored_unless_the_server_is_strict(
+CHAT_BODY: dict[str, Any] = {
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    "max_tokens": 1,
+    "stream_options": {"include_usage": False},
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"any": 1}, "strict": True}}],
+    "tool_choice": "none",
+}
+
+
+async def test_unknown_fields_of_native_routes_are_ignored_unless_the_server_is_strict(
     worker: Worker, start_worker: Callable[..., Any]
 ) -> None:
     known: dict[str, dict[str, Any]] = {
         "/generate": {"inputs": "a", "parameters": {"max_new_tokens": 1}},
-        "/v1/chat/completions": {
-            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
-            "max_tokens": 1,
-            "stream_options": {"include_usage": False},
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"any": 1}}}],
-            "tool_choice": "none",
-        },
-        "/v1/completions": {"prompt": ["a"], "max_tokens": 1},
+        "/chat_tokenize": CHAT_BODY,
+        "/invocations": CHAT_BODY,
     }
     strict: Worker = await start_worker(strict=True)
     for path, body in known.items():
@@ -138,10 +155,31 @@ async def test_unknown_fields_are_ignored_unless_the_server_is_strict(
         assert "unknown field `surprise` at `$`" in refused.text
     inner = await strict.post("/generate", {"inputs": "a", "parameters": {"max_tokens": 1}})
     assert "unknown field `max_tokens` at `$.parameters`" in inner.text
-    chat = known["/v1/chat/completions"] | {
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]
-    }
-    assert "unknown field `x` at `$.messages[0].content[0]`" in (await strict.post("/v1/chat/completions", chat)).text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_unknown_fields_of_openai_routes_are_refused_by_name(
+    start_worker: Callable[..., Any], strict: bool
+) -> None:
+    worker: Worker = await start_worker(strict=strict)
+    known = {"/v1/chat/completions": CHAT_BODY, "/v1/completions": {"prompt": ["a"], "max_tokens": 1}}
+    for path, body in known.items():
+        assert (await worker.post(path, body)).status_code == 200
+        for stream in (False, True):
+            refused = await worker.post(path, body | {"max_toknes": 1, "stream": stream})
+            assert refused.status_code == 400
+            assert refused.json() == {
+                "error": {
+                    "message": "Unknown parameter: `max_toknes`; did you mean `max_tokens`?",
+                    "type": "invalid_request_error",
+                    "param": "max_toknes",
+                    "code": "unknown_parameter",
+                },
+                "error_type": "validation",
+            }
+    inner = CHAT_BODY | {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}
+    refused = await worker.post("/v1/chat/completions", inner)
+    assert refused.json()["error"]["param"] == "messages[0].content[0].x"
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -149,7 +187,7 @@ async def test_an_announced_body_over_the_limit_is_413_unread(start_worker: Call
     worker: Worker = await start_worker(payload_limit=100)
     status, text = await send(worker, path, b'{"inputs": "' + b"a" * 100 + b'"}')
     assert status == 413
-    assert text.startswith("Failed to buffer the request body: length limit exceeded")
+    assert rejection(path, text).startswith("Failed to buffer the request body: length limit exceeded")
 
 
 async def test_an_unannounced_body_is_given_up_at_the_limit(start_worker: Callable[..., Any]) -> None:

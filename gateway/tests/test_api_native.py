@@ -247,7 +247,18 @@ async def test_a_lost_engine_is_an_incomplete_generation(start_worker: Callable[
     assert response.json() == {"error": "Incomplete generation", "error_type": "incomplete_generation"}
     last = (await stream)[-1]
     assert last == {"error": "Incomplete generation stream", "error_type": "incomplete_generation_stream"}
-    assert (await chunks)[-2:] == [{"error": {"message": "Incomplete generation", "http_status_code": 500}}, "[DONE]"]
+    *_, failure, done = await chunks
+    assert done == "[DONE]"
+    assert failure == {
+        "error": {
+            "message": "Incomplete generation",
+            "type": "server_error",
+            "param": None,
+            "code": "incomplete_generation",
+            "http_status_code": 500,
+        },
+        "error_type": "incomplete_generation",
+    }
     assert 'tgi_request_failure{err="incomplete"} 3.0' in (await worker.client.get("/metrics")).text
 
 

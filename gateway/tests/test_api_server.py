@@ -10,9 +10,22 @@ import pytest
 
 from tgi_gateway.api import bodies
 from tgi_gateway.testing.scripted import Script, ScriptedBackend
-from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy
+from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, error_text
 
-GETS = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/v1/models/echo"]
+GETS = [
+    "/",
+    "/health",
+    "/ping",
+    "/info",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/echo",
+    "/v2",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/models/m/versions/1",
+    "/v2/models/m/versions/1/ready",
+]
 BODIES: dict[str, dict[str, Any]] = {
     "/": {"inputs": "a", "parameters": {"max_new_tokens": 1}},
     "/generate": {"inputs": "a", "parameters": {"max_new_tokens": 1}},
@@ -21,6 +34,15 @@ BODIES: dict[str, dict[str, Any]] = {
     "/chat_tokenize": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     "/v1/completions": {"prompt": "a", "max_tokens": 1},
+    "/detokenize": {"tokens": [5]},
+    "/invocations": {"inputs": "a", "parameters": {"max_new_tokens": 1}},
+    "/vertex": {"instances": [{"inputs": "a", "parameters": {"max_new_tokens": 1}}]},
+    "/v2/models/m/versions/1/infer": {
+        "id": "x",
+        "inputs": [{"name": "i", "shape": [1], "datatype": "BYTES", "data": [97]}],
+        "outputs": [{"name": "o"}],
+        "parameters": {"max_new_tokens": 1},
+    },
 }
 
 
@@ -43,7 +65,7 @@ async def test_models_are_listed_and_found_by_name(start_worker: Callable[..., A
     assert (await worker.client.get("/v1/models/some/model")).json() == model
     missing = await worker.client.get("/v1/models/other")
     assert missing.status_code == 404
-    assert "`other` does not exist" in missing.json()["error"]
+    assert "`other` does not exist" in error_text(missing.json())
 
 
 async def test_health_has_no_body_and_is_503_once_the_engine_is_gone(worker: Worker) -> None:
@@ -71,9 +93,14 @@ async def test_unknown_routes_and_wrong_methods_have_no_body(worker: Worker) -> 
         ("POST", "/info", 405),
         ("DELETE", "/", 405),
         ("PUT", "/v1/chat/completions", 405),
+        ("GET", "/v1/nothing", 404),
     ):
         response = await worker.client.request(method, path)
-        assert (response.status_code, response.content) == (status, b""), (method, path)
+        assert response.status_code == status, (method, path)
+        if path.startswith("/v1/"):
+            assert error_text(response.json()).startswith(f"There is no {method} {path} here")
+        else:
+            assert response.content == b""
 
 
 async def test_metrics_count_requests_tokens_and_failures(worker: Worker) -> None:
@@ -147,7 +174,8 @@ async def test_without_the_key_only_liveness_answers(locked: Worker) -> None:
         if path in ("/health", "/ping"):
             assert response.status_code == 200
         else:
-            assert (response.status_code, response.content) == (401, b""), path
+            assert response.status_code == 401, path
+            assert response.json()["error"]["code"] == "invalid_api_key" if "/v1/" in path else not response.content
             assert response.headers["www-authenticate"] == "Bearer"
     for path, body in BODIES.items():
         assert (await locked.post(path, body)).status_code == 401, path
@@ -230,6 +258,7 @@ async def test_the_description_tells_every_field_of_every_body(worker: Worker) -
     described = schemas["GenerateParameters"]["properties"]
     assert all(field.get("description") for field in described.values())
     for path in BODIES:
+        path = path.replace("/m/", "/{model_name}/").replace("/1/", "/{model_version}/")
         reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         assert reference.removeprefix("#/components/schemas/") in schemas
 

@@ -11,6 +11,8 @@ class GatewayError(Exception):
     error_type: ClassVar[str] = "generation"
     status: ClassVar[int] = 500
     prefix: ClassVar[str] = ""
+    code: ClassVar[str | None] = None
+    """OpenAI's name for it, where that says more than `error_type`."""
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(f"{self.prefix}{detail}")
@@ -27,6 +29,14 @@ class ValidationError(GatewayError):
 
 class Unsupported(ValidationError):
     """The request is legal, but this engine or model cannot honour it."""
+
+    code = "unsupported_parameter"
+
+
+class ContextExceeded(ValidationError):
+    """Prompt, or prompt and answer, are longer than the model or the operator allows."""
+
+    code = "context_length_exceeded"
 
 
 class TemplateError(GatewayError):
@@ -70,6 +80,26 @@ class IncompleteGeneration(GatewayError):
     status = 500
 
     def __init__(self, detail: str = "Incomplete generation") -> None:
+        super().__init__(detail)
+
+
+class Cancelled(GatewayError):
+    """Somebody cancelled the request by its id."""
+
+    error_type = "cancelled"
+    status = 499
+
+    def __init__(self, detail: str = "The request was cancelled") -> None:
+        super().__init__(detail)
+
+
+class TimedOut(GatewayError):
+    """The request took longer than the operator allows."""
+
+    error_type = "timeout"
+    status = 504
+
+    def __init__(self, detail: str = "The request took longer than this server allows") -> None:
         super().__init__(detail)
 
 

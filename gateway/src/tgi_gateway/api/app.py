@@ -15,19 +15,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tgi_gateway.api import bodies, chat, completions, models, openapi, tgi
-from tgi_gateway.api.auth import ApiKey
-from tgi_gateway.api.errors import (
-    NATIVE,
-    OPENAI,
-    ClientGone,
-    Dialect,
-    Rejection,
-    as_gateway_error,
-    error_response,
-)
+from tgi_gateway.api import bodies, caller, openapi
+from tgi_gateway.api.auth import ApiKey, Keys
+from tgi_gateway.api.errors import ClientGone, Rejection, as_gateway_error, error_response, openai_refusal
+from tgi_gateway.api.routes import Route, all_routes
 from tgi_gateway.api.serving import VERSION, Services
 from tgi_gateway.api.sse import DIRECT_SEND
+from tgi_gateway.errors import TimedOut
 
 __all__ = ["Services", "create_app"]
 
@@ -44,8 +38,9 @@ EXPOSED_HEADERS = (
     "x-time-per-token",
     "x-prompt-tokens",
     "x-generated-tokens",
+    "x-request-id",
+    "retry-after",
 )
-READ = ["GET", "HEAD"]
 
 
 class Application(FastAPI):
@@ -65,7 +60,6 @@ class PlainRoute(APIRoute):
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-PostHandler = Callable[[Services, Request, bytes], Awaitable[Response]]
 
 
 def create_app(services: Services) -> FastAPI:
@@ -89,97 +83,60 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.router.route_class = PlainRoute
-    _add_posts(app, services)
-    _add_gets(app, services)
+    routes = all_routes(services.settings)
+    for route in routes:
+        endpoint = _endpoint(services, route)
+        app.add_api_route(route.path, endpoint, methods=[route.method], **openapi.described(route))
+        if route.method == "GET":
+            app.add_api_route(route.path, endpoint, methods=["HEAD"], include_in_schema=False)
     app.add_exception_handler(HTTPException, _without_body)
     settings = services.settings
-    if settings.api_key is not None:
-        app.add_middleware(ApiKey, key=settings.api_key, public_routes=settings.public_routes)
+    keys = Keys.of(settings)
+    if keys is not None:
+        app.add_middleware(ApiKey, keys=keys, public_routes=settings.open_routes)
+    app.add_middleware(caller.Identify, timeout_s=settings.request_timeout)
     # Added last, so it is outermost: a browser must be able to read a 401, and its preflight carries no key.
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_allow_origin or ["*"],
-        allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization"],
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
         expose_headers=EXPOSED_HEADERS,
     )
-    app.openapi = cache(lambda: openapi.description(app))  # type: ignore[method-assign]
+    app.openapi = cache(lambda: openapi.description(app, routes))  # type: ignore[method-assign]
     return app
 
 
-def _add_posts(app: FastAPI, services: Services) -> None:
-    posts: list[tuple[str, PostHandler, Dialect]] = [
-        ("/", tgi.compat_generate, NATIVE),
-        ("/generate", tgi.generate, NATIVE),
-        ("/generate_stream", tgi.generate_stream, NATIVE),
-        ("/tokenize", tgi.tokenize, NATIVE),
-        ("/chat_tokenize", chat.chat_tokenize, NATIVE),
-        ("/v1/chat/completions", chat.chat, OPENAI),
-        ("/v1/completions", completions.completions, OPENAI),
-    ]
-    for path, handler, dialect in posts:
-        app.add_api_route(path, _post(services, handler, dialect), methods=["POST"], **openapi.ROUTES[path])
+def _endpoint(services: Services, route: Route) -> Endpoint:
+    """Every way in which the handler may end, as a response."""
+    limit, dialect = services.settings.payload_limit, route.dialect
 
-
-def _add_gets(app: FastAPI, services: Services) -> None:
-    async def health(_: Request) -> Response:
-        return await models.health(services)
-
-    async def info(_: Request) -> Response:
-        return models.info(services)
-
-    async def listed(_: Request) -> Response:
-        return models.models(services)
-
-    async def model(request: Request) -> Response:
-        return models.model(services, request.path_params["model_id"])
-
-    async def metrics(_: Request) -> Response:
-        text, media_type = await asyncio.to_thread(services.metrics.exposition)
-        return Response(text, media_type=media_type)
-
-    gets: list[tuple[str, Endpoint, Dialect, dict[str, Any]]] = [
-        ("/health", health, NATIVE, openapi.ROUTES["/health"]),
-        ("/ping", health, NATIVE, {"include_in_schema": False}),
-        ("/", health, NATIVE, {"include_in_schema": False}),
-        ("/info", info, NATIVE, openapi.ROUTES["/info"]),
-        ("/metrics", metrics, NATIVE, openapi.ROUTES["/metrics"]),
-        ("/v1/models", listed, OPENAI, openapi.ROUTES["/v1/models"]),
-        ("/v1/models/{model_id:path}", model, OPENAI, openapi.ROUTES["/v1/models/{model_id}"]),
-    ]
-    for path, handler, dialect, described in gets:
-        endpoint = _guarded(handler, dialect)
-        app.add_api_route(path, endpoint, methods=["GET"], **described)
-        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-
-
-def _post(services: Services, handler: PostHandler, dialect: Dialect) -> Endpoint:
-    limit = services.settings.payload_limit
-
-    async def read_and_handle(request: Request) -> Response:
+    async def handle(request: Request) -> Response:
+        if route.body is None:
+            return await route.handler(services, request, b"")
         bodies.check_content_type(request)
-        return await handler(services, request, await bodies.read(request, limit))
-
-    return _guarded(read_and_handle, dialect)
-
-
-def _guarded(handler: Endpoint, dialect: Dialect) -> Endpoint:
-    """Every way in which `handler` may end, as a response."""
+        return await route.handler(services, request, await bodies.read(request, limit))
 
     async def endpoint(request: Request) -> Response:
+        deadline = asyncio.timeout_at(caller.current().deadline)
         try:
-            return await handler(request)
+            async with deadline:
+                return await handle(request)
         except Rejection as rejection:
-            return rejection.response()
+            return dialect.rejection(rejection)
         except ClientGone:
             return Response(status_code=GONE)
         except Exception as error:
-            return error_response(as_gateway_error(error), dialect)
+            late = isinstance(error, TimeoutError) and deadline.expired()
+            return error_response(TimedOut() if late else as_gateway_error(error), dialect)
 
     return endpoint
 
 
-async def _without_body(_: Request, error: Exception) -> Response:
-    """Unknown routes and wrong methods, as TGI answers them."""
+async def _without_body(request: Request, error: Exception) -> Response:
+    """Unknown routes and wrong methods, as TGI and OpenAI answer them."""
     assert isinstance(error, HTTPException)
+    if request.url.path.startswith("/v1/"):
+        text = f"There is no {request.method} {request.url.path} here; /docs lists what there is."
+        return openai_refusal(error.status_code, text, "unknown_url", error.headers)
     return Response(status_code=error.status_code, headers=error.headers)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import difflib
+from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct
 from starlette.requests import Request
+from starlette.types import Receive
 
-from tgi_gateway.api.errors import ClientGone, Rejection
+from tgi_gateway.api.errors import ClientGone, Rejection, UnknownParameter
 
 Body = TypeVar("Body", bound=Struct)
 
@@ -37,6 +41,7 @@ class GrammarBody(Struct, kw_only=True):
     json_schema: Annotated[
         dict[str, Any] | None, Meta(description="OpenAI's form: an object with `schema`, optionally `name`.")
     ] = None
+    schema: Annotated[Any, Meta(description="JSON schema beside `json_object`, as some servers take it.")] = UNSET
 
 
 class StructuredOutputs(Struct, kw_only=True):
@@ -113,22 +118,101 @@ class GenerateBody(Struct, kw_only=True):
     parameters: ParametersBody = msgspec.field(default_factory=ParametersBody)
 
 
+class DetokenizeBody(Struct, kw_only=True):
+    """Body of `/detokenize`."""
+
+    tokens: Annotated[list[U32], Meta(description="Token ids.", examples=[[1, 2, 3]])]
+    skip_special_tokens: Annotated[bool, Meta(description="Leave out special tokens, as answers do.")] = True
+
+
 class CompatGenerateBody(GenerateBody, kw_only=True):
     """Body of `POST /`."""
 
     stream: Annotated[bool, Meta(description="Answer with a stream of events.")] = False
 
 
+class SagemakerBody(Struct, kw_only=True):
+    """Body of `/invocations`: that of `/`, of `/v1/chat/completions` or of `/v1/completions`."""
+
+    inputs: Annotated[Any, Meta(description="As for `/`, with what belongs to it.")] = UNSET
+    messages: Annotated[Any, Meta(description="As for `/v1/chat/completions`, with what belongs to it.")] = UNSET
+    prompt: Annotated[Any, Meta(description="As for `/v1/completions`, with what belongs to it.")] = UNSET
+
+
+class VertexParameters(ParametersBody, kw_only=True):
+    """As on the native routes, but tokens are drawn unless `do_sample` says otherwise."""
+
+    do_sample: Annotated[bool, Meta(description="Draw tokens, instead of taking the most likely one.")] = True
+
+
+class VertexGenerate(GenerateBody, kw_only=True):
+    """One instance of `/vertex`, if it is no chat."""
+
+    parameters: VertexParameters = msgspec.field(default_factory=VertexParameters)
+
+
+class VertexBody(Struct):
+    """Body of `/vertex`."""
+
+    instances: Annotated[
+        list[msgspec.Raw],
+        Meta(description="Each `{inputs, parameters}`, or a chat as `/v1/chat/completions` takes it."),
+    ]
+
+
+class InputTensor(Struct, kw_only=True):
+    name: str
+    shape: list[Annotated[int, Meta(ge=0)]]
+    datatype: str
+    data: Annotated[
+        list[Annotated[int, Meta(ge=0, le=255)] | str],
+        Meta(description="The bytes of one UTF-8 text as numbers, or a list of one text."),
+    ]
+
+
+class OutputName(Struct):
+    name: str
+
+
+class InferenceBody(Struct, kw_only=True):
+    """Body of KServe's `infer`."""
+
+    id: str
+    inputs: list[InputTensor]
+    outputs: list[OutputName]
+    parameters: ParametersBody = msgspec.field(default_factory=ParametersBody)
+
+
 class ImageUrl(Struct):
     url: str
+    detail: str | None = None
 
 
 class TextPart(Struct, tag_field="type", tag="text"):
     text: str
 
 
+class RefusalPart(Struct, tag_field="type", tag="refusal"):
+    refusal: str
+
+
 class ImagePart(Struct, tag_field="type", tag="image_url"):
-    image_url: ImageUrl
+    image_url: ImageUrl | str
+
+
+class AudioPart(Struct, tag_field="type", tag="input_audio"):
+    input_audio: Any
+
+
+class FilePart(Struct, tag_field="type", tag="file"):
+    file: Any
+
+
+class VideoPart(Struct, tag_field="type", tag="video_url"):
+    video_url: Any
+
+
+Part = TextPart | RefusalPart | ImagePart | AudioPart | FilePart | VideoPart
 
 
 class CalledFunction(Struct, kw_only=True):
@@ -152,13 +236,18 @@ class Message(Struct, kw_only=True):
     """One turn of a chat."""
 
     role: Annotated[str, Meta(description="system, user, assistant or tool.", examples=["user"])]
-    content: str | list[TextPart | ImagePart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    refusal: Annotated[str | None, Meta(description="Of an earlier answer; stands for its missing `content`.")] = None
+    reasoning_content: Annotated[str | None, Meta(description="Of an earlier answer; templates may show it.")] = None
+    annotations: Annotated[Any, Meta(description="Of an earlier answer; accepted, the model is not told.")] = None
+    audio: Annotated[Any, Meta(description="Refused, unless null.")] = None
+    function_call: Annotated[Any, Meta(description="Refused, unless null: use `tool_calls`.")] = None
 
     def __post_init__(self) -> None:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not self.tool_calls and self.refusal is None:
             raise ValueError("a message needs `content` or `tool_calls`")
 
 
@@ -167,6 +256,7 @@ class FunctionDefinition(Struct, kw_only=True):
     description: str | None = None
     parameters: Any = UNSET
     arguments: Any = UNSET
+    strict: Annotated[bool | None, Meta(description="Hold the call's arguments to the schema.")] = None
 
 
 class Tool(Struct, kw_only=True):
@@ -185,6 +275,7 @@ class NamedTool(Struct, kw_only=True):
 
 class StreamOptions(Struct, kw_only=True):
     include_usage: Annotated[bool | None, Meta(description="Send one more event with the token counts.")] = False
+    include_obfuscation: Annotated[bool | None, Meta(description="Accepted; events are not padded.")] = None
 
 
 class SamplingBody(Struct, kw_only=True):
@@ -225,7 +316,31 @@ class SamplingBody(Struct, kw_only=True):
     guided_regex: Annotated[str | None, Meta(description="Regular expression of the answer.")] = None
     guided_choice: Annotated[list[str] | None, Meta(description="The answer is one of these.")] = None
     guided_grammar: Annotated[str | None, Meta(description="Lark or GBNF grammar of the answer.")] = None
+    guided_decoding_backend: Annotated[str | None, Meta(description="Accepted; this server has one.")] = None
+    guided_whitespace_pattern: Annotated[
+        Any, Meta(description="Refused: there is at most one space between parts.")
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=2**32 - 1)] | None,
+        Meta(description="Keep only the last so many tokens of the prompt."),
+    ] = None
+    add_special_tokens: Annotated[
+        bool | None,
+        Meta(description="Begin the prompt as the tokenizer does; default: no for a chat, yes for a completion."),
+    ] = None
+    cache_salt: Annotated[
+        str | None, Meta(description="Share cached prefixes only with requests of the same salt.")
+    ] = None
     user: Annotated[str | None, Meta(description="Accepted; this server keeps no record of users.")] = None
+    safety_identifier: Annotated[str | None, Meta(description="Accepted, as `user`.")] = None
+    metadata: Annotated[dict[str, Any] | None, Meta(description="Accepted; nothing is stored.")] = None
+    store: Annotated[bool | None, Meta(description="Accepted; nothing is stored.")] = None
+    service_tier: Annotated[str | None, Meta(description="Accepted; there is one tier.")] = None
+    prompt_cache_key: Annotated[str | None, Meta(description="Accepted; equal beginnings are found without it.")] = None
+    prompt_cache_retention: Annotated[str | None, Meta(description="Accepted; prefixes stay while there is room.")] = (
+        None
+    )
+    prediction: Annotated[Any, Meta(description="Accepted; it could only make the same answer faster.")] = None
 
     def __post_init__(self) -> None:
         _check_u64("seed", self.seed)
@@ -250,8 +365,20 @@ class ChatBody(SamplingBody, kw_only=True):
     functions: Annotated[Any, Meta(description="Refused: use `tools`.")] = None
     function_call: Annotated[Any, Meta(description="Refused: use `tool_choice`.")] = None
     web_search_options: Annotated[Any, Meta(description="Refused: this server does not search.")] = None
-    reasoning_effort: Annotated[Any, Meta(description="Refused: no model of this server has it.")] = None
-    verbosity: Annotated[Any, Meta(description="Refused: no model of this server has it.")] = None
+    reasoning_effort: Annotated[str | None, Meta(description="Told to the chat template, if it knows it.")] = None
+    verbosity: Annotated[str | None, Meta(description="Accepted; ask for it in words.")] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="Whether one answer may hold several calls.")] = None
+    add_generation_prompt: Annotated[
+        bool | None, Meta(description="End the prompt where the assistant's turn begins; default: unless one goes on.")
+    ] = None
+    continue_final_message: Annotated[
+        bool | None,
+        Meta(description="Go on with the last message instead of answering it; default: if it is the assistant's."),
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, Meta(description="Further variables, of those that the model's chat template reads.")
+    ] = None
+    chat_template: Annotated[Any, Meta(description="Refused: the model's own template is used.")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -271,7 +398,9 @@ class CompletionBody(SamplingBody, kw_only=True):
     logprobs: Annotated[
         U32 | None, Meta(description="Tell each token's log-probability and the so many most likely ones.")
     ] = None
-    best_of: Annotated[U32 | None, Meta(description="Refused if it is not `n`.")] = None
+    best_of: Annotated[
+        U32 | None, Meta(description="Generate so many answers and return the `n` with the best mean log-probability.")
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -283,6 +412,8 @@ class CompletionBody(SamplingBody, kw_only=True):
 
 
 _JSON_SUFFIX = "+json"
+READ_TIMEOUT_S = 60.0
+"""Whoever sends more slowly holds a connection for nothing."""
 
 
 def check_content_type(request: Request) -> None:
@@ -293,12 +424,22 @@ def check_content_type(request: Request) -> None:
 
 async def read(request: Request, limit: int) -> bytes:
     """The body, given up as soon as it is longer than `limit` bytes. Raises `Rejection`, or `ClientGone`."""
-    too_long = Rejection(413, f"Failed to buffer the request body: length limit exceeded ({limit} bytes)")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limit:
-        raise too_long
+        raise _too_long(limit)
+    patience = asyncio.timeout(READ_TIMEOUT_S)
+    try:
+        async with patience:
+            return await _read(request.receive, limit)
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        raise Rejection(408, f"The request body did not come within {READ_TIMEOUT_S:g} seconds") from None
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
     chunks: list[bytes] = []
-    size, receive = 0, request.receive
+    size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -306,10 +447,14 @@ async def read(request: Request, limit: int) -> bytes:
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:
-            raise too_long
+            raise _too_long(limit)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _too_long(limit: int) -> Rejection:
+    return Rejection(413, f"Failed to buffer the request body: length limit exceeded ({limit} bytes)")
 
 
 @cache
@@ -327,7 +472,19 @@ def decode(raw: bytes, kind: type[Body], *, strict: bool = False) -> Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _no_json(error) from None
     if strict:
-        _refuse_unknown(_plain(raw), kind, "$")
+        for where, name, _ in _unknown(_plain(raw), kind, "$"):
+            raise Rejection(
+                422, f"Failed to deserialize the JSON body into the target type: unknown field `{name}` at `{where}`"
+            )
+    return body
+
+
+def decode_known(raw: bytes, kind: type[Body]) -> Body:
+    """As `decode`, for APIs that refuse what they do not define. Raises `UnknownParameter` as well."""
+    body = decode(raw, kind)
+    for where, name, known in _unknown(_plain(raw), kind, "$"):
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UnknownParameter(f"{where}.{name}".removeprefix("$."), f"; did you mean `{near[0]}`?" if near else "")
     return body
 
 
@@ -349,12 +506,15 @@ def _no_json(error: Exception) -> Rejection:
     return Rejection(400, f"Failed to parse the request body as JSON: {text}")
 
 
-def _refuse_unknown(value: object, kind: object, where: str) -> None:
-    """Raise `Rejection` for a key that no struct of `kind` knows; follows structs, lists and unions."""
+def _unknown(value: object, kind: object, where: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Each key that no struct of `kind` knows: where it is, its name, and the names that are known there.
+
+    Follows structs, lists and unions.
+    """
     if isinstance(value, list):
         for place, item in enumerate(value):
-            for inner in get_args(kind):
-                _refuse_unknown(item, inner, f"{where}[{place}]")
+            for inner in get_args(kind) if isinstance(item, dict | list) else ():
+                yield from _unknown(item, inner, f"{where}[{place}]")
         return
     if not isinstance(value, dict):
         return
@@ -364,10 +524,9 @@ def _refuse_unknown(value: object, kind: object, where: str) -> None:
     known = {name: field for struct in structs for name, field in _fields(struct).items()}
     for key, inner in value.items():
         if key not in known:
-            raise Rejection(
-                422, f"Failed to deserialize the JSON body into the target type: unknown field `{key}` at `{where}`"
-            )
-        _refuse_unknown(inner, known[key], f"{where}.{key}")
+            yield where, key, list(known)
+        else:
+            yield from _unknown(inner, known[key], f"{where}.{key}")
 
 
 def _structs(kind: object, value: dict[str, object]) -> list[type[Struct]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Literal
@@ -14,10 +13,12 @@ from starlette.responses import Response
 
 from tgi_gateway.api import bodies
 from tgi_gateway.api.bodies import ChatBody, SamplingBody
+from tgi_gateway.api.caller import new_id
 from tgi_gateway.api.conversation import prompt_of
-from tgi_gateway.api.errors import OPENAI, BatchTooLarge
+from tgi_gateway.api.errors import NATIVE, OPENAI, BatchTooLarge
 from tgi_gateway.api.generation import Generation, Piece
 from tgi_gateway.api.grammars import constraint_of
+from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import (
     FINGERPRINT,
     Answer,
@@ -30,7 +31,7 @@ from tgi_gateway.api.serving import (
 )
 from tgi_gateway.api.sse import DONE, EventStream, unless_gone
 from tgi_gateway.api.tgi import SimpleToken, simple_tokens
-from tgi_gateway.errors import Unsupported
+from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
@@ -38,6 +39,8 @@ from tgi_gateway.types import FinishReason
 
 OpenAIReason = Literal["stop", "length"]
 REASONS: dict[FinishReason, OpenAIReason] = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
+MAX_CHOICES = 128
+"""Of one prompt, as at OpenAI."""
 ANY_MODEL = "tgi"
 """The model's name in requests that do not care."""
 
@@ -121,19 +124,18 @@ class ChatTokenizeResponse(Struct, kw_only=True):
     templated_text: str
 
 
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
-
-
 def answered_model(services: Services, body: SamplingBody) -> str:
     return body.model if body.model not in (None, "", ANY_MODEL) else services.info.model_id
 
 
-def choices_of(services: Services, body: SamplingBody, prompts: int = 1) -> int:
-    """How many generations a call takes. Raises `BatchTooLarge`."""
-    count = prompts * (body.n or 1)
-    if count > services.limits.max_client_batch_size:
+def choices_of(services: Services, body: SamplingBody, prompts: int = 1, each: int = 1) -> int:
+    """How many generations a call takes: `each` or `n` for each prompt. Raises `BatchTooLarge`, `ValidationError`."""
+    if prompts > services.limits.max_client_batch_size:
         raise BatchTooLarge(services.limits.max_client_batch_size)
+    count = prompts * max(body.n or 1, each)
+    allowed = min(prompts * MAX_CHOICES, services.settings.max_concurrent_requests)
+    if count > allowed:
+        raise ValidationError(f"`n` and `prompt` ask for {count} generations at once; allowed are {allowed}")
     return count
 
 
@@ -160,8 +162,10 @@ def sampling_of(services: Services, body: SamplingBody, *, logprobs: bool, top_l
         seed=None if body.seed is None else body.seed % 2**64,
         logprobs=logprobs,
         top_n_tokens=top_logprobs,
+        truncate=body.truncate_prompt_tokens,
         grammar=constraint_of(body),
         adapter_id=body.model if body.model in services.adapters else None,
+        cache_salt=body.cache_salt or "",
     )
 
 
@@ -184,36 +188,39 @@ def refuse_unknown_wishes(body: ChatBody) -> None:
         raise Unsupported('`modalities` other than ["text"] are not supported')
     if body.function_call not in (None, "none"):
         raise Unsupported("`function_call` is not supported; use `tool_choice`")
-    for name in ("audio", "functions", "web_search_options", "reasoning_effort", "verbosity"):
+    for name in ("audio", "functions", "web_search_options", "chat_template"):
         if getattr(body, name) is not None:
             raise Unsupported(f"`{name}` is not supported")
 
 
 async def chat(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode(raw, ChatBody, strict=services.settings.strict)
+    return await answer(services, request, bodies.decode_known(raw, ChatBody))
+
+
+async def answer(services: Services, request: Request, body: ChatBody) -> Response:
     call = Call(services, "chat_completions")
     if body.stream:
         return EventStream(_events(services, body, call), OPENAI, call.headers, tail=DONE, failed=call.failed)
     try:
-        prompt, answers = await unless_gone(request.receive, _answers(services, body))
+        prompt, answers = await unless_gone(request.receive, answers_of(services, body))
     except Exception as error:
         call.failed(error)
         raise
     call.account(answers, len(prompt))
     with_logprobs = wants_logprobs(body)
     completion = ChatCompletion(
-        id=new_id("chatcmpl"),
+        id=new_id("chatcmpl-"),
         created=int(time.time()),
         model=answered_model(services, body),
         system_fingerprint=FINGERPRINT,
         choices=[
             ChatChoice(
                 index=index,
-                message=AssistantMessage(content=answer.generation.text),
-                logprobs=_logprobs(services.tokenizer, answer.pieces) if with_logprobs else None,
-                finish_reason=REASONS[answer.generation.reason or "length"],
+                message=AssistantMessage(content=each.generation.text),
+                logprobs=_logprobs(services.tokenizer, each.pieces) if with_logprobs else None,
+                finish_reason=REASONS[each.generation.reason or "length"],
             )
-            for index, answer in enumerate(answers)
+            for index, each in enumerate(answers)
         ],
         usage=usage_of(answers),
     )
@@ -225,11 +232,17 @@ async def _prepare(services: Services, body: ChatBody) -> tuple[str, list[Valid]
     parameters = parameters_of(services, body)
     validate.check(parameters, services.limits)
     prompt = await prompt_of(services, body)
-    valid = await validate.validate(prompt, parameters, services.limits, services.tokenizer, add_special_tokens=False)
+    valid = await validate.validate(
+        prompt,
+        parameters,
+        services.limits,
+        services.tokenizer,
+        add_special_tokens=bool(body.add_special_tokens),
+    )
     return prompt, validate.copies(valid, body.n or 1, seeds_follow=True)
 
 
-async def _answers(services: Services, body: ChatBody) -> tuple[str, list[Answer]]:
+async def answers_of(services: Services, body: ChatBody) -> tuple[str, list[Answer]]:
     with services.permits.hold(choices_of(services, body)):
         prompt, valids = await _prepare(services, body)
         return prompt, await collect_all(services, valids, keep_stop=False)
@@ -240,7 +253,7 @@ async def _events(services: Services, body: ChatBody, call: Call) -> AsyncGenera
         prompt, valids = await _prepare(services, body)
         call.stream_headers(len(prompt))
         opening = (
-            f'data: {{"object":"chat.completion.chunk","id":{quoted(new_id("chatcmpl"))},"created":{int(time.time())},'
+            f'data: {{"object":"chat.completion.chunk","id":{quoted(new_id("chatcmpl-"))},"created":{int(time.time())},'
             f'"model":{quoted(answered_model(services, body))},"system_fingerprint":{quoted(FINGERPRINT)},"choices":['
         )
         totals: list[tuple[int, int | None]] = []
@@ -339,7 +352,7 @@ def usage_from(prompt_tokens: int, totals: Sequence[tuple[int, int | None]]) -> 
 
 
 def usage_of(answers: Sequence[Answer]) -> Usage:
-    totals = [(answer.generation.generated_tokens, cached_tokens(answer.generation)) for answer in answers]
+    totals = [(each.generation.generated_tokens, cached_tokens(each.generation)) for each in answers]
     return usage_from(len(answers[0].valid.request.input_ids), totals)
 
 
@@ -355,3 +368,29 @@ async def chat_tokenize(services: Services, request: Request, raw: bytes) -> Res
 
     response = await unless_gone(request.receive, work())
     return Response(msgspec.json.encode(response), media_type="application/json")
+
+
+ROUTES = [
+    Route(
+        path="/v1/chat/completions",
+        handler=chat,
+        dialect=OPENAI,
+        name="chat_completions",
+        summary="Answer a chat",
+        tag="OpenAI",
+        body=ChatBody,
+        answer=ChatCompletion,
+        event=ChatCompletionChunk,
+        generates=True,
+    ),
+    Route(
+        path="/chat_tokenize",
+        handler=chat_tokenize,
+        dialect=NATIVE,
+        name="get_chat_tokenize",
+        summary="Template and tokenize a chat",
+        tag="TGI",
+        body=ChatBody,
+        answer=ChatTokenizeResponse,
+    ),
+]

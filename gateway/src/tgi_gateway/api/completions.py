@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from tgi_gateway.api import bodies
 from tgi_gateway.api.bodies import CompletionBody
+from tgi_gateway.api.caller import new_id
 from tgi_gateway.api.chat import (
     REASONS,
     OpenAIReason,
@@ -21,12 +22,12 @@ from tgi_gateway.api.chat import (
     Usage,
     cached_tokens,
     choices_of,
-    new_id,
     sampling_of,
     usage_of,
 )
 from tgi_gateway.api.errors import OPENAI, SuffixUnsupported
 from tgi_gateway.api.generation import Generation, Piece
+from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import (
     FINGERPRINT,
     Answer,
@@ -122,7 +123,10 @@ def parameters_of(services: Services, body: CompletionBody) -> Parameters:
 
 
 async def completions(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode(raw, CompletionBody, strict=services.settings.strict)
+    return await answer(services, request, bodies.decode_known(raw, CompletionBody))
+
+
+async def answer(services: Services, request: Request, body: CompletionBody) -> Response:
     call = Call(services, "completions")
     try:
         if body.suffix is not None:
@@ -139,18 +143,18 @@ async def completions(services: Services, request: Request, raw: bytes) -> Respo
     call.account(answers, sum(len(prompt.text) for prompt in prompts), elapsed=False)
     repeats = body.n or 1
     completion = Completion(
-        id=new_id("cmpl"),
+        id=new_id("cmpl-"),
         created=int(time.time()),
         model=services.info.model_id,
         system_fingerprint=FINGERPRINT,
         choices=[
             CompletionChoice(
                 index=index,
-                text=(prompts[index // repeats].text if body.echo else "") + answer.generation.text,
-                logprobs=_logprobs(services.tokenizer, answer.pieces, body.logprobs),
-                finish_reason=REASONS[answer.generation.reason or "length"],
+                text=(prompts[index // repeats].text if body.echo else "") + each.generation.text,
+                logprobs=_logprobs(services.tokenizer, each.pieces, body.logprobs),
+                finish_reason=REASONS[each.generation.reason or "length"],
             )
-            for index, answer in enumerate(answers)
+            for index, each in enumerate(answers)
         ],
         usage=_sum([usage_of(answers[start : start + repeats]) for start in range(0, len(answers), repeats)]),
     )
@@ -162,7 +166,13 @@ async def _prepare(services: Services, body: CompletionBody) -> tuple[list[Promp
     prompts = prompts_of(services.tokenizer, body)
     valids: list[Valid] = []
     for prompt in prompts:
-        valid = await validate.validate(prompt.inputs, parameters, services.limits, services.tokenizer)
+        valid = await validate.validate(
+            prompt.inputs,
+            parameters,
+            services.limits,
+            services.tokenizer,
+            add_special_tokens=body.add_special_tokens is not False,
+        )
         valids += validate.copies(valid, body.n or 1, seeds_follow=True)
     return prompts, valids
 
@@ -179,7 +189,7 @@ async def _events(services: Services, body: CompletionBody, call: Call, count: i
         call.stream_headers(sum(len(prompt.text) for prompt in prompts))
         repeats = body.n or 1
         model = quoted(services.info.model_id)
-        opening = f'data: {{"object":"text_completion","id":{quoted(new_id("cmpl"))},"created":{int(time.time())},'
+        opening = f'data: {{"object":"text_completion","id":{quoted(new_id("cmpl-"))},"created":{int(time.time())},'
         ending = f'"model":{model},"system_fingerprint":{quoted(FINGERPRINT)}'
         used: list[Usage] = []
         streams = [
@@ -309,3 +319,19 @@ def _logprobs(
         else None,
         text_offset=offsets,
     )
+
+
+ROUTES = [
+    Route(
+        path="/v1/completions",
+        handler=completions,
+        dialect=OPENAI,
+        name="completions",
+        summary="Complete a text",
+        tag="OpenAI",
+        body=CompletionBody,
+        answer=Completion,
+        event=CompletionChunk,
+        generates=True,
+    )
+]

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from tgi_gateway.api.bodies import ChatBody, ImagePart, Message, ToolCall
+from tgi_gateway.api.bodies import ChatBody, Message, Part, RefusalPart, TextPart, ToolCall
 from tgi_gateway.api.serving import Services
 from tgi_gateway.errors import TemplateError, Unsupported, ValidationError
 from tgi_gateway.prompt.chat_template import ChatTemplate
@@ -20,15 +20,30 @@ INLINE_CHARACTERS = 4000
 """Shorter chats are rendered in the event loop: about 0.05 ms, less than a thread's round trip."""
 SLOW_TEMPLATE_S = 0.05
 """A template that once took longer for a short chat never holds the event loop up again."""
+HARMLESS_ARGUMENTS = frozenset({"enable_thinking", "thinking"})
+"""Template arguments that a model without such a choice may be sent: clients send them to every model."""
 
 
 def content_text(message: Message) -> str:
     """Parts are joined without separators."""
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    if any(isinstance(part, ImagePart) for part in message.content):
-        raise Unsupported("image modality is not supported")
-    return "".join(part.text for part in message.content if not isinstance(part, ImagePart))
+    for name in ("audio", "function_call"):
+        if getattr(message, name) is not None:
+            raise Unsupported(f"`{name}` of a message is not supported")
+    if message.content is None:
+        return message.refusal or ""
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(map(_part_text, message.content))
+
+
+def _part_text(part: Part) -> str:
+    match part:
+        case TextPart():
+            return part.text
+        case RefusalPart():
+            return part.refusal
+    modality = str(part.__struct_config__.tag).removeprefix("input_").removesuffix("_url")
+    raise Unsupported(f"{modality} modality is not supported")
 
 
 def template_message(message: Message) -> dict[str, Any]:
@@ -53,6 +68,19 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": call.type, "function": {"name": function.name, "arguments": arguments}}
 
 
+def template_arguments(template: ChatTemplate, body: ChatBody) -> dict[str, Any]:
+    """The client's variables for the template, of those that it reads. Raises `Unsupported` for others."""
+    given = body.chat_template_kwargs or {}
+    known = template.arguments()
+    for name in given:
+        if name not in known and name not in HARMLESS_ARGUMENTS:
+            allowed = ", ".join(f"`{each}`" for each in sorted(known)) or "none"
+            raise Unsupported(
+                f"`chat_template_kwargs.{name}` is not read by this model's template; it reads: {allowed}"
+            )
+    return {name: value for name, value in given.items() if name in known}
+
+
 async def prompt_of(services: Services, body: ChatBody) -> str:
     """Render the messages, off the event loop. A last message of the assistant is continued. Raises `TemplateError`."""
     template = services.chat_template
@@ -61,21 +89,41 @@ async def prompt_of(services: Services, body: ChatBody) -> str:
     if not body.messages:
         raise ValidationError("`messages` cannot be empty")
     messages = [template_message(message) for message in body.messages]
-    prompt = await _render(services, template, messages)
-    last = messages[-1]
-    if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
-        found = prompt.rfind(last["content"])
+    last, wanted = messages[-1], body.continue_final_message
+    if wanted and body.add_generation_prompt:
+        raise ValidationError("`continue_final_message` and `add_generation_prompt` exclude each other")
+    if wanted and not last["content"]:
+        raise ValidationError("`continue_final_message` needs a last message with text")
+    arguments = template_arguments(template, body)
+    prompt = await _render(services, template, messages, body.add_generation_prompt is not False, arguments)
+    if wanted or (
+        wanted is None
+        and body.add_generation_prompt is None
+        and last["role"] == "assistant"
+        and last["content"]
+        and "tool_calls" not in last
+    ):
+        text = last["content"].strip() if wanted else last["content"]  # templates often strip
+        found = prompt.rfind(text)
         if found >= 0:
-            return prompt[: found + len(last["content"])].rstrip()
+            return prompt[: found + len(text)].rstrip()
+        if wanted:
+            raise TemplateError("the model's chat template changes the last message, so it cannot be continued")
     return prompt
 
 
-async def _render(services: Services, template: ChatTemplate, messages: list[dict[str, Any]]) -> str:
+async def _render(
+    services: Services,
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    arguments: dict[str, Any],
+) -> str:
     short = len(messages) <= INLINE_MESSAGES and sum(len(each["content"]) for each in messages) <= INLINE_CHARACTERS
     if not short or services.slow_template:
-        return await asyncio.to_thread(template.render, messages)
+        return await asyncio.to_thread(template.render, messages, None, add_generation_prompt, arguments)
     began = time.perf_counter()
     try:
-        return template.render(messages)
+        return template.render(messages, None, add_generation_prompt, arguments)
     finally:
         services.slow_template = time.perf_counter() - began > SLOW_TEMPLATE_S

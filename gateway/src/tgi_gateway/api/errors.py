@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,7 +11,17 @@ from typing import Protocol
 import msgspec
 from starlette.responses import Response
 
-from tgi_gateway.errors import GatewayError, IncompleteGeneration, Overloaded, TemplateError, Unhealthy, ValidationError
+from tgi_gateway.errors import (
+    Cancelled,
+    GatewayError,
+    IncompleteGeneration,
+    Overloaded,
+    TemplateError,
+    TimedOut,
+    Unhealthy,
+    Unsupported,
+    ValidationError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +30,11 @@ INTERNAL = GatewayError("Internal server error")
 
 
 class Rejection(Exception):
-    """A request that cannot be read as one. Answered in plain text, as by TGI's web framework."""
+    """A request that cannot be read as one. On native routes it is answered in plain text, as by TGI's framework."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
-
-    def response(self) -> Response:
-        return Response(str(self), self.status, media_type="text/plain")
 
 
 class SuffixUnsupported(GatewayError):
@@ -53,8 +61,23 @@ class ClientGone(Exception):
     """The client hung up; there is nobody to answer."""
 
 
+class UnknownParameter(GatewayError):
+    """A name in the body that no API defines."""
+
+    error_type = "validation"
+    status = 400
+    code = "unknown_parameter"
+
+    def __init__(self, path: str, hint: str = "") -> None:
+        super().__init__(f"Unknown parameter: `{path}`{hint}")
+
+
 class Dialect(Protocol):
     """How a family of routes tells its errors."""
+
+    def status(self, error: GatewayError) -> int:
+        """The HTTP status of an error response."""
+        ...
 
     def body(self, error: GatewayError) -> object:
         """The JSON document of an error response."""
@@ -64,9 +87,16 @@ class Dialect(Protocol):
         """The JSON document of the event that ends a stream which has already begun."""
         ...
 
+    def rejection(self, rejection: Rejection) -> Response:
+        """The answer to what could not be read."""
+        ...
+
 
 class NativeDialect:
     """TGI's ErrorResponse, in responses and streams."""
+
+    def status(self, error: GatewayError) -> int:
+        return error.status
 
     def body(self, error: GatewayError) -> object:
         return {"error": str(error), "error_type": error.error_type}
@@ -76,16 +106,58 @@ class NativeDialect:
             return {"error": "Incomplete generation stream", "error_type": "incomplete_generation_stream"}
         return self.body(error)
 
+    def rejection(self, rejection: Rejection) -> Response:
+        return Response(str(rejection), rejection.status, media_type="text/plain")
 
-class OpenAIDialect(NativeDialect):
-    """TGI's form on the `/v1` routes; the code in a stream is the true one."""
+
+class OpenAIDialect:
+    """OpenAI's error object. TGI's `error_type` stays beside it, and its `http_status_code` in streams."""
+
+    def status(self, error: GatewayError) -> int:
+        return 400 if isinstance(error, Unsupported) else error.status
+
+    def body(self, error: GatewayError) -> dict[str, object]:
+        told = openai_error(str(error), self.status(error), error.code or error.error_type, parameter_of(error))
+        return {"error": told, "error_type": error.error_type}
 
     def event(self, error: GatewayError) -> object:
-        return {"error": {"message": str(error), "http_status_code": error.status}}
+        told = openai_error(str(error), self.status(error), error.code or error.error_type, parameter_of(error))
+        return {"error": told | {"http_status_code": self.status(error)}, "error_type": error.error_type}
+
+    def rejection(self, rejection: Rejection) -> Response:
+        return openai_refusal(rejection.status, str(rejection))
 
 
 NATIVE = NativeDialect()
 OPENAI = OpenAIDialect()
+
+_OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "top_n_tokens": "top_logprobs"}
+"""What messages in TGI's words call by another name than the request did."""
+
+
+def openai_error(message: str, status: int, code: str | None, param: str | None = None) -> dict[str, object]:
+    """What OpenAI's answers hold under `error`."""
+    if status == 429:
+        kind = "rate_limit_error"
+    else:
+        kind = "invalid_request_error" if status < 500 and status != 424 else "server_error"
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def openai_refusal(
+    status: int, text: str, code: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An answer to what never became a request."""
+    document = {"error": openai_error(text, status, code)}
+    return Response(msgspec.json.encode(document), status, headers, "application/json")
+
+
+def parameter_of(error: GatewayError) -> str | None:
+    """The request's field that a message speaks of: the first name in backticks."""
+    if not isinstance(error, ValidationError | UnknownParameter):
+        return None
+    named = re.search(r"`([^`]+)`", str(error))
+    return _OPENAI_NAMES.get(named[1], named[1]) if named else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +168,29 @@ class ErrorResponse:
     error_type: str = field(metadata={"description": "One of a closed set of names."})
 
 
+@dataclass(frozen=True, slots=True)
+class OpenAIError:
+    """What is wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None = field(default=None, metadata={"description": "The field of the request that is meant."})
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIErrorResponse:
+    """For the API description of OpenAI's routes."""
+
+    error: OpenAIError
+    error_type: str | None = field(default=None, metadata={"description": "TGI's name of the error."})
+
+
 def error_response(error: GatewayError, dialect: Dialect) -> Response:
     headers: Mapping[str, str] | None = None
     if isinstance(error, Overloaded | Unhealthy):
         headers = {"retry-after": str(RETRY_AFTER_S)}
-    return Response(msgspec.json.encode(dialect.body(error)), error.status, headers, "application/json")
+    return Response(msgspec.json.encode(dialect.body(error)), dialect.status(error), headers, "application/json")
 
 
 def as_gateway_error(error: Exception) -> GatewayError:
@@ -116,10 +206,12 @@ def failure_label(error: GatewayError) -> str | None:
     match error:
         case Overloaded():
             return "overloaded"
-        case ValidationError() | SuffixUnsupported() | BatchTooLarge():
+        case ValidationError() | SuffixUnsupported() | BatchTooLarge() | UnknownParameter():
             return "validation"
         case TemplateError():
             return "template"
-        case IncompleteGeneration():
+        case IncompleteGeneration() | TimedOut():
             return "incomplete"
+        case Cancelled():
+            return "dropped"
     return "generation" if error.status in (424, 500) else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from tgi_gateway.backend import Backend, refuse_unsupported
+from tgi_gateway.backend import Backend, CancelsByName, refuse_unsupported
 from tgi_gateway.errors import BackendFailed, GatewayError, IncompleteGeneration, from_wire
 from tgi_gateway.types import Finished, FinishReason, Request, StepEvents, Usage
 
@@ -306,6 +306,16 @@ class Generations:
         self._open[request.request_id] = generation
         self._backend.submit(request)
         return generation
+
+    async def cancel_named(self, tenant: str, name: str) -> int:
+        """Cancel the tenant's requests of that name; returns how many there were. Each ends as the engine tells."""
+        if isinstance(self._backend, CancelsByName):  # other workers have requests too
+            return await self._backend.cancel_named(tenant, name)
+        found = [each.request for each in self._open.values()]
+        ids = [request.request_id for request in found if (request.tenant, request.name) == (tenant, name)]
+        for request_id in ids:
+            self._backend.cancel(request_id)
+        return len(ids)
 
     def deliver(self, events: StepEvents) -> None:
         """Hand one step's events to their generations; in the event loop."""

@@ -37,11 +37,14 @@ def grammar_of(body: GrammarBody | None) -> Grammar | None:
                 raise ValidationError("grammar is not valid: `json_schema` needs an object `schema`")
             return _schema("json_schema", schema)
         case _:
+            value = body.schema if value is UNSET else value
             return _schema("json", {"type": "object"} if value is UNSET else value)
 
 
 def constraint_of(body: SamplingBody) -> Grammar | None:
     """What an OpenAI body asks for, under whichever name; at most one. Raises `ValidationError`, `Unsupported`."""
+    if body.guided_whitespace_pattern is not None:
+        raise Unsupported("`guided_whitespace_pattern` is not supported")
     found = {
         "response_format": grammar_of(body.response_format),
         "structured_outputs": _structured(body.structured_outputs),

@@ -1,13 +1,19 @@
-"""What the server is and how it is: `/info`, `/v1/models`, `/health`, `/metrics`."""
+"""What the server is, how it is, and what it is asked to end: `/info`, `/v1/models`, `/health`, `/metrics`."""
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
+from starlette.requests import Request
 from starlette.responses import Response
 
+from tgi_gateway.api import caller
+from tgi_gateway.api.errors import NATIVE, OPENAI
+from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import VERSION, Services
 from tgi_gateway.errors import GatewayError
 
@@ -49,6 +55,20 @@ class ModelList(Struct, kw_only=True):
     data: list[Model]
 
 
+class CancelledRequest(Struct, kw_only=True):
+    id: str
+    object: Literal["request.cancelled"] = "request.cancelled"
+    cancelled: int
+    """Generations that were ended: a request may have several."""
+
+
+class UnknownRequest(GatewayError):
+    """`DELETE /v1/requests/{id}` with an id of no open request."""
+
+    error_type = "request_not_found"
+    status = 404
+
+
 class UnknownModel(GatewayError):
     """`/v1/models/{id}` with an id that is not served."""
 
@@ -56,7 +76,7 @@ class UnknownModel(GatewayError):
     status = 404
 
 
-def info(services: Services) -> Response:
+async def info(services: Services, _request: Request, _raw: bytes) -> Response:
     served, settings = services.info, services.settings
     document = Info(
         model_id=served.model_id,
@@ -87,18 +107,107 @@ def _models(services: Services) -> list[Model]:
     return [Model(id=name, owned_by=services.info.model_id) for name in names]
 
 
-def models(services: Services) -> Response:
+async def models(services: Services, _request: Request, _raw: bytes) -> Response:
     return Response(msgspec.json.encode(ModelList(data=_models(services))), media_type="application/json")
 
 
-def model(services: Services, name: str) -> Response:
+async def model(services: Services, request: Request, _raw: bytes) -> Response:
+    name = request.path_params["model_id"]
     found = next((each for each in _models(services) if each.id == name), None)
     if found is None:
         raise UnknownModel(f"The model `{name}` does not exist. This server has: {services.info.model_id}")
     return Response(msgspec.json.encode(found), media_type="application/json")
 
 
-async def health(services: Services) -> Response:
+async def health(services: Services, _request: Request, _raw: bytes) -> Response:
     """200 without a body, or `Unhealthy`."""
     await services.backend.health()
     return Response(status_code=200)
+
+
+async def metrics(services: Services, _request: Request, _raw: bytes) -> Response:
+    text, media_type = await asyncio.to_thread(services.metrics.exposition)
+    return Response(text, media_type=media_type)
+
+
+async def cancel(services: Services, request: Request, _raw: bytes) -> Response:
+    """End a request of the same API key, given its `X-Request-Id` or the id of its answer."""
+    given = request.path_params["request_id"]
+    for name in caller.names_of(given):
+        count = await services.generations.cancel_named(caller.current().tenant, name)
+        if count:
+            return Response(
+                msgspec.json.encode(CancelledRequest(id=given, cancelled=count)), media_type="application/json"
+            )
+    raise UnknownRequest(f"No open request has the id `{given}`; it may have ended already")
+
+
+HEALTH = Route(
+    path="/health",
+    handler=health,
+    dialect=NATIVE,
+    method="GET",
+    name="health",
+    summary="Can the server generate?",
+    tag="Server",
+    failures={503: "The engine cannot generate now"},
+)
+
+
+ROUTES = [
+    HEALTH,
+    replace(HEALTH, path="/ping", shown=False),
+    replace(HEALTH, path="/", shown=False),
+    Route(
+        path="/info",
+        handler=info,
+        dialect=NATIVE,
+        method="GET",
+        name="get_model_info",
+        summary="What is served, within which limits",
+        tag="Server",
+        answer=Info,
+    ),
+    Route(
+        path="/metrics",
+        handler=metrics,
+        dialect=NATIVE,
+        method="GET",
+        name="metrics",
+        summary="Prometheus metrics",
+        tag="Server",
+        answer="text",
+    ),
+    Route(
+        path="/v1/models",
+        handler=models,
+        dialect=OPENAI,
+        method="GET",
+        name="openai_get_model_info",
+        summary="The served models",
+        tag="Server",
+        answer=ModelList,
+    ),
+    Route(
+        path="/v1/models/{model_id:path}",
+        handler=model,
+        dialect=OPENAI,
+        method="GET",
+        name="openai_get_model",
+        summary="One served model",
+        tag="Server",
+        answer=Model,
+        failures={404: "There is no such model"},
+    ),
+    Route(
+        path="/v1/requests/{request_id:path}",
+        handler=cancel,
+        dialect=OPENAI,
+        method="DELETE",
+        name="cancel_request",
+        summary="Cancel a request that is being answered",
+        tag="Server",
+        answer=CancelledRequest,
+        failures={404: "No open request has this id"},
+    ),
+]

@@ -6,17 +6,19 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from json.encoder import encode_basestring
+from typing import Any, TypeVar
 
+from tgi_gateway.api import caller
 from tgi_gateway.api.errors import INTERNAL, ClientGone, failure_label
 from tgi_gateway.api.generation import Generation, Generations, Piece
 from tgi_gateway.backend import Backend, ModelInfo
-from tgi_gateway.errors import GatewayError, IncompleteGeneration, Overloaded
+from tgi_gateway.errors import Cancelled, GatewayError, Overloaded
 from tgi_gateway.prompt import stops, validate
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
@@ -26,6 +28,8 @@ from tgi_gateway.telemetry import logs
 from tgi_gateway.telemetry.metrics import RequestMetrics
 
 log = logging.getLogger("tgi_gateway.request")
+
+T = TypeVar("T")
 
 VERSION = version("tgi-gateway")
 FINGERPRINT = f"{VERSION}-native"
@@ -81,7 +85,17 @@ class Services:
 
     def open(self, valid: Valid, *, keep_stop: bool) -> Generation:
         """Submit it. Raises `Unsupported` for what the engine lacks."""
-        request = replace(valid.request, request_id=self.generations.next_id())
+        calling = caller.current()
+        salt = valid.request.cache_salt
+        if calling.tenant and not self.settings.share_prefixes_across_keys:
+            salt = f"{calling.tenant}:{salt}"
+        request = replace(
+            valid.request,
+            request_id=self.generations.next_id(),
+            cache_salt=salt,
+            name=calling.request_id,
+            tenant=calling.tenant,
+        )
         matcher = stops.matcher(request.stop.stop_strings, keep_stop)
         decoder = self.tokenizer.decoder(request.input_ids)
         ending_ids = frozenset(request.stop.stop_token_ids)
@@ -113,11 +127,11 @@ async def collect(services: Services, valid: Valid, *, keep_stop: bool) -> Answe
     return Answer(valid, generation, pieces)
 
 
-async def collect_all(services: Services, valids: Sequence[Valid], *, keep_stop: bool) -> list[Answer]:
-    """Generate side by side; the first failure ends all."""
-    if len(valids) == 1:
-        return [await collect(services, valids[0], keep_stop=keep_stop)]
-    tasks = [asyncio.create_task(collect(services, valid, keep_stop=keep_stop)) for valid in valids]
+async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, side by side; the first failure ends all."""
+    if len(works) == 1:
+        return [await works[0]]
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -126,10 +140,15 @@ async def collect_all(services: Services, valids: Sequence[Valid], *, keep_stop:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def collect_all(services: Services, valids: Sequence[Valid], *, keep_stop: bool) -> list[Answer]:
+    """Generate side by side; the first failure ends all."""
+    return await together([collect(services, valid, keep_stop=keep_stop) for valid in valids])
+
+
 def refuse_cancelled(generation: Generation) -> None:
-    """An answer that the engine cut short, e.g. because it stops, is no answer."""
+    """An answer that was cut short is no answer. Whoever hung up does not come here: it was cancelled by name."""
     if generation.reason == "cancelled":
-        raise IncompleteGeneration
+        raise Cancelled
 
 
 async def interleave(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:

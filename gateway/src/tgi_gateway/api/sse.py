@@ -10,7 +10,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from tgi_gateway.api import caller
 from tgi_gateway.api.errors import ClientGone, Dialect, as_gateway_error, error_response
+from tgi_gateway.errors import TimedOut
 
 T = TypeVar("T")
 
@@ -119,17 +121,20 @@ class EventStream(Response):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         clock = asyncio.get_running_loop().time
         direct = self._direct
+        deadline = asyncio.timeout_at(caller.current().deadline)
         try:
-            async for chunk in self._chunks:
-                if self._beat is not None:
-                    await self._beat
-                self._busy = True
-                if not self._started:
-                    await self._start(send)
-                await direct({"type": "http.response.body", "body": chunk, "more_body": True})
-                self._busy = False
-                self._quiet_since = clock()
-        except Exception as error:
+            async with deadline:
+                async for chunk in self._chunks:
+                    if self._beat is not None:
+                        await self._beat
+                    self._busy = True
+                    if not self._started:
+                        await self._start(send)
+                    await direct({"type": "http.response.body", "body": chunk, "more_body": True})
+                    self._busy = False
+                    self._quiet_since = clock()
+        except Exception as caught:
+            error = TimedOut() if deadline.expired() and isinstance(caught, TimeoutError) else caught
             self._busy = True
             self._failed(error)
             known = as_gateway_error(error)

@@ -1,4 +1,4 @@
-"""TGI's native routes: `/generate`, `/generate_stream`, `/`, `/tokenize`."""
+"""TGI's native routes: `/generate`, `/generate_stream`, `/`, `/tokenize`, and its inverse."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tgi_gateway.api import bodies
-from tgi_gateway.api.bodies import CompatGenerateBody, GenerateBody, ParametersBody
+from tgi_gateway.api.bodies import CompatGenerateBody, DetokenizeBody, GenerateBody, ParametersBody
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.generation import Generation, Piece
 from tgi_gateway.api.grammars import grammar_of
+from tgi_gateway.api.routes import Listed, Route
 from tgi_gateway.api.serving import Answer, Call, Services, collect_all, number, quoted, refuse_cancelled
 from tgi_gateway.api.sse import EventStream, unless_gone
+from tgi_gateway.errors import ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
@@ -79,6 +81,10 @@ class StreamResponse(Struct, kw_only=True):
     details: StreamDetails | None
 
 
+class DetokenizeResponse(Struct):
+    text: str
+
+
 class SimpleToken(Struct, kw_only=True):
     """`start` and `stop` count bytes of the UTF-8 text."""
 
@@ -122,7 +128,12 @@ async def generate(services: Services, request: Request, raw: bytes) -> Response
 
 async def compat_generate(services: Services, request: Request, raw: bytes) -> Response:
     """`POST /`: the answer alone is wrapped in a list, and contains the prompt unless told otherwise."""
-    body = bodies.decode(raw, CompatGenerateBody, strict=services.settings.strict)
+    return await compat_answer(
+        services, request, bodies.decode(raw, CompatGenerateBody, strict=services.settings.strict)
+    )
+
+
+async def compat_answer(services: Services, request: Request, body: CompatGenerateBody) -> Response:
     if body.parameters.return_full_text is None:
         body.parameters.return_full_text = True
     if body.stream:
@@ -138,18 +149,27 @@ async def generate_stream(services: Services, request: Request, raw: bytes) -> R
 async def _generate(services: Services, request: Request, body: GenerateBody, *, listed: bool = False) -> Response:
     call = Call(services, "generate")
     try:
-        answers = await unless_gone(request.receive, _answers(services, body))
+        answers = await unless_gone(request.receive, answers_of(services, body))
     except Exception as error:
         call.failed(error)
         raise
-    best = max(range(len(answers)), key=lambda place: answers[place].mean_logprob)
+    best = _best(answers)
     call.account([answers[best]], len(body.inputs))
     response = _response(services.tokenizer, body, answers.pop(best), answers)
     document = msgspec.json.encode([response] if listed else response)
     return Response(document, headers=call.headers, media_type="application/json")
 
 
-async def _answers(services: Services, body: GenerateBody) -> list[Answer]:
+def _best(answers: Sequence[Answer]) -> int:
+    return max(range(len(answers)), key=lambda place: answers[place].mean_logprob)
+
+
+async def best_answer(services: Services, body: GenerateBody) -> Answer:
+    answers = await answers_of(services, body)
+    return answers[_best(answers)]
+
+
+async def answers_of(services: Services, body: GenerateBody) -> list[Answer]:
     parameters = parameters_of(body.parameters)
     count = parameters.best_of or 1
     validate.check_best_of(parameters, services.limits)
@@ -305,3 +325,72 @@ async def simple_tokens(tokenizer: Tokenizer, text: str, add_special_tokens: boo
         SimpleToken(id=token_id, text=data[start:stop].decode(errors="replace"), start=start, stop=stop)
         for token_id, (start, stop) in zip(encoding.ids, offsets, strict=True)
     ]
+
+
+async def detokenize(services: Services, request: Request, raw: bytes) -> Response:
+    body = bodies.decode(raw, DetokenizeBody, strict=services.settings.strict)
+    size = services.info.vocab_size
+    outside = next((token_id for token_id in body.tokens if token_id >= size), None)
+    if outside is not None:
+        raise ValidationError(f"`tokens` names token {outside}; this model has {size} tokens")
+    decode = partial(services.tokenizer.decode, body.tokens, body.skip_special_tokens)
+    text = await unless_gone(request.receive, asyncio.to_thread(decode))
+    return Response(msgspec.json.encode(DetokenizeResponse(text)), media_type="application/json")
+
+
+ROUTES = [
+    Route(
+        path="/",
+        handler=compat_generate,
+        dialect=NATIVE,
+        name="compat_generate",
+        summary="Generate text; with `stream`, a stream of tokens",
+        tag="TGI",
+        body=CompatGenerateBody,
+        answer=Listed(GenerateResponse),
+        event=StreamResponse,
+        generates=True,
+    ),
+    Route(
+        path="/generate",
+        handler=generate,
+        dialect=NATIVE,
+        name="generate",
+        summary="Generate text",
+        tag="TGI",
+        body=GenerateBody,
+        answer=GenerateResponse,
+        generates=True,
+    ),
+    Route(
+        path="/generate_stream",
+        handler=generate_stream,
+        dialect=NATIVE,
+        name="generate_stream",
+        summary="Generate a stream of tokens",
+        tag="TGI",
+        body=GenerateBody,
+        event=StreamResponse,
+        generates=True,
+    ),
+    Route(
+        path="/tokenize",
+        handler=tokenize,
+        dialect=NATIVE,
+        name="tokenize",
+        summary="Tokenize a text",
+        tag="TGI",
+        body=GenerateBody,
+        answer=Listed(SimpleToken),
+    ),
+    Route(
+        path="/detokenize",
+        handler=detokenize,
+        dialect=NATIVE,
+        name="detokenize",
+        summary="The text of tokens",
+        tag="TGI",
+        body=DetokenizeBody,
+        answer=DetokenizeResponse,
+    ),
+]

@@ -93,6 +93,10 @@ class ChatTemplate:
         """Names that the template reads, e.g. whether it knows `tools` at all."""
         return self._variables[self._choose(with_tools)]
 
+    def arguments(self, *, with_tools: bool = False) -> frozenset[str]:
+        """Names that the template reads and a client may set."""
+        return self.variables(with_tools=with_tools) - self._reserved - self._environment.globals.keys()
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

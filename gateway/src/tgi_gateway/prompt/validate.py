@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tgi_gateway.backend import ModelInfo
-from tgi_gateway.errors import ValidationError
+from tgi_gateway.errors import ContextExceeded, ValidationError
 from tgi_gateway.settings import Settings
 from tgi_gateway.types import Grammar, Request, SamplingParams, StopRules
 
@@ -94,6 +94,7 @@ class Parameters:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
     adapter_id: str | None = None
+    cache_salt: str = ""
 
     @property
     def samples(self) -> bool:
@@ -193,12 +194,12 @@ def check_length(input_length: int, parameters: Parameters, limits: Limits) -> i
     if wanted is None:
         wanted = max(room, 1)  # without room for even one token, the message tells of one
     if wanted > room:
-        raise ValidationError(
+        raise ContextExceeded(
             f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}. "
             f"Given: {input_length} `inputs` tokens and {wanted} `max_new_tokens`"
         )
     if input_length > limits.max_input_tokens:
-        raise ValidationError(f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {input_length}")
+        raise ContextExceeded(f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {input_length}")
     if (parameters.min_new_tokens or 0) > wanted:
         raise ValidationError(
             f"`min_new_tokens` must be <= `max_new_tokens`. Given: {parameters.min_new_tokens} and {wanted}"
@@ -277,6 +278,7 @@ def _build(ids: tuple[int, ...], p: Parameters, limits: Limits, max_new_tokens: 
         top_n_tokens=p.top_n_tokens or 0,
         prefill_logprobs=p.prefill and limits.prefill_logprobs,
         adapter_id=p.adapter_id,
+        cache_salt=p.cache_salt,
     )
     return Valid(request, seed if samples else None)
 

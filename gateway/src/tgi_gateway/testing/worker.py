@@ -73,11 +73,11 @@ class Worker:
         assert response.status_code == 200, response.text
         return response.json()
 
-    async def error(self, path: str, body: object, status: int = 422) -> str:
-        """What is wrong, as the client is told."""
+    async def error(self, path: str, body: object, status: int | None = None) -> str:
+        """What is wrong, as the client is told; `status` None: whatever says that the client is."""
         response = await self.post(path, body)
-        assert response.status_code == status, response.text
-        return str(response.json()["error"])
+        assert response.status_code in ((400, 422) if status is None else (status,)), response.text
+        return error_text(response.json())
 
     async def events(self, path: str, body: object) -> list[Any]:
         """The events of a stream that begins well."""
@@ -85,6 +85,12 @@ class Worker:
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == "text/event-stream"
         return parse_events(response.text)
+
+
+def error_text(document: Any) -> str:
+    """The message of an error document, TGI's or OpenAI's."""
+    told = document["error"]
+    return str(told["message"] if isinstance(told, dict) else told)
 
 
 def parse_events(text: str) -> list[Any]:

@@ -1,0 +1,75 @@
+"""Who calls: the id under which a request is known, and whose API key it came with."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HEADER = "x-request-id"
+_ACCEPTABLE = re.compile(r"[\x21-\x7e]{1,128}")
+_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
+"""What answers put before a request's id to make their own."""
+
+
+@dataclass(slots=True)
+class Caller:
+    """One HTTP request, as far as every layer may know it."""
+
+    request_id: str
+    """The client's `X-Request-Id`, or one of ours."""
+    tenant: str = ""
+    """Names the API key, where one is needed; not the key itself."""
+    deadline: float | None = None
+    """When it must have its whole answer, in the event loop's time."""
+
+
+_current: ContextVar[Caller] = ContextVar("caller")
+
+
+def current() -> Caller:
+    """The request that is being handled."""
+    return _current.get(Caller(""))
+
+
+def new_id(prefix: str) -> str:
+    """The id of an answer, made from the request's, so that either cancels it."""
+    return f"{prefix}{current().request_id or secrets.token_hex(12)}"
+
+
+def names_of(given: str) -> list[str]:
+    """The request ids that a client may mean by `given`: it may be an answer's id."""
+    return [given, *(given.removeprefix(prefix) for prefix in _PREFIXES if given.startswith(prefix))]
+
+
+class Identify:
+    """Gives every request its `Caller`, and every response the request's id."""
+
+    def __init__(self, app: ASGIApp, timeout_s: float | None = None) -> None:
+        self._app = app
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(HEADER, "")
+        caller = Caller(given if _ACCEPTABLE.fullmatch(given) else secrets.token_hex(12))
+        if self._timeout_s is not None:
+            caller.deadline = asyncio.get_running_loop().time() + self._timeout_s
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[HEADER] = caller.request_id
+            await send(message)
+
+        token = _current.set(caller)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            _current.reset(token)
