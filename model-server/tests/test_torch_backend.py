@@ -18,7 +18,7 @@ import torch
 from tgi_gateway.backend import ALL_FEATURES, Capabilities, Capacity, EngineOptions
 from tgi_gateway.errors import ModelError, SettingsError, StartError, Unhealthy
 from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StopRules
-from tgi_model_server import backend as backend_module
+from tgi_model_server import stepped
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
 from tgi_model_server.engine import load_engine
@@ -268,8 +268,8 @@ async def test_a_lost_device_fails_open_requests_and_health(folder: Path, monkey
 
 
 async def test_a_hanging_device_is_unhealthy_until_it_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module, "PROBE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(backend_module, "STALL_S", 0.05)
+    monkeypatch.setattr(stepped, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stepped, "STALL_S", 0.05)
     async with serving(folder, ReferenceDevice) as client:
         engine = client.backend._engine
         assert engine is not None
@@ -289,7 +289,7 @@ async def test_a_hanging_device_is_unhealthy_until_it_goes_on(folder: Path, monk
         await client.run(greedy(1, prompts(1)[0], 2))
         assert client.finished(1).reason == "length"
         assert set(client.ends) == {1}
-        monkeypatch.setattr(backend_module, "PROBE_TIMEOUT_S", 30.0)
+        monkeypatch.setattr(stepped, "PROBE_TIMEOUT_S", 30.0)
         await client.backend.health()
 
 

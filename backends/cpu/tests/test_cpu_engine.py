@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tgi_backend_cpu import machine
 from tgi_backend_cpu.device import CpuDevice
 from tgi_gateway.backend import EngineOptions
 from tgi_gateway.hub import demo_model
 from tgi_gateway.types import SamplingParams
+from tgi_model_server import machine
 from tgi_model_server.engine import Engine, load_engine
 from tgi_model_server.plan import StepResult
 from tgi_model_server.testing.models import SMALL, HandBatch, make_request, save_random_model

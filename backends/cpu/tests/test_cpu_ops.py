@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tgi_backend_cpu.attention import PAGE_SIZE, CpuAttentionPlan
-from tgi_backend_cpu.machine import rounds_alike
 from tgi_backend_cpu.ops import CpuOps, _in_fixed_blocks
 from tgi_model_server.device import KVLayout
+from tgi_model_server.machine import rounds_alike
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, reference_plan
 

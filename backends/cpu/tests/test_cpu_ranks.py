@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tgi_backend_cpu import machine
 from tgi_backend_cpu.collectives import OrderedSums
 from tgi_backend_cpu.device import CpuDevice
+from tgi_model_server import machine
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.testing.groups import on_ranks
 

@@ -93,6 +93,8 @@ class EngineOptions:
     model_path: Path
     """Local folder (or file) of the model."""
     model_id: str
+    tokenizer_path: Path | None = None
+    """Folder of its tokenizer, where that is another one."""
     dtype: str | None = None
     quantize: str | None = None
     kv_cache_dtype: str | None = None
@@ -182,6 +184,23 @@ class Flag:
     kind: type
     default: object
     help: str
+    choices: tuple[str, ...] = ()
+    """What a text may be; empty: anything."""
+    replaces_weights: bool = False
+    """When it is given, the model's own weights are not needed."""
+
+
+WeightFormat = Literal["safetensors", "gguf"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What the processes of a server read of a model."""
+
+    model: Path
+    """What the engine loads: a folder or a file."""
+    tokenizer: Path
+    """The folder with tokenizer.json and its companions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +217,16 @@ class BackendPlugin:
     flags: tuple[Flag, ...] = ()
     needs_model: bool = True
     """False for engines without weights (echo): any tokenizer folder will do."""
-    api_version: int = API_VERSION
+    weights: tuple[WeightFormat, ...] = ("safetensors",)
+    """The formats that it can serve, the preferred one first."""
+    prepare: Callable[[EngineOptions, Path], ModelFiles] | None = None
+    """Make of the model what engine and HTTP workers need, where it is not there already. Called in a process of its
+    own before the engine starts; the folder is private to the server and removed at its end. Raises `StartError`.
+    None: the model's folder is all that they need."""
+    converters: Mapping[str, Callable[[Path, Path, str | None], None]] = field(default_factory=dict)
+    """Format -> what writes it, from a model's folder to a file, as a type of that format (None: its usual one)."""
+    api_version: int = 1
+    """The version that the plug-in was written for: a number in its own source, not the gateway's `API_VERSION`."""
 
 
 def required_features(request: Request) -> set[Feature]:

@@ -480,7 +480,7 @@ def _plugin_option(flag: Flag, backend: str) -> Option:
         float: Kind(float, "a number", "X"),
         Path: FILE,
     }
-    kind = kinds.get(flag.kind, TEXT)
+    kind = one_of(*flag.choices) if flag.choices else kinds.get(flag.kind, TEXT)
     return Option(name, kind, flag.help, f"Of backend {backend}", flag.default)
 
 

@@ -26,6 +26,7 @@ from tgi_gateway.types import Failed, Finished, FinishReason, Request, StepEvent
 from tgi_model_server.kv.pages import PageAllocator
 from tgi_model_server.kv.prefix import Node, PrefixCache
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
+from tgi_model_server.runner import HoldsPages
 from tgi_model_server.sequence import Sequence
 from tgi_model_server.shares import prefill_shares
 
@@ -43,7 +44,7 @@ Verdict = Literal["entered", "full", "later", "failed"]
 
 
 class SlotState(Protocol):
-    """The part of a Runner that holds per-sequence state; see `step.Runner`."""
+    """The part of a Runner that holds per-sequence state; see `runner.Runner`."""
 
     def admit(
         self, slot: int, request: Request, output_ids: Seq[int], constraint: Constraint | None = None
@@ -126,6 +127,8 @@ class Batcher:
         self.pages = PageAllocator(limits.num_pages)
         self.prefix = PrefixCache(limits.page_size, self.pages) if limits.prefix_caching else None
         self._slots = slots
+        if isinstance(slots, HoldsPages):
+            slots.attach(self.pages, self.prefix)
         self._free_slots = list(range(limits.max_sequences - 1, -1, -1))
         self._eos: dict[int, FinishReason] = dict.fromkeys(eos_token_ids, "eos_token")
         self._open: dict[int, Sequence] = {}

@@ -30,7 +30,7 @@ _PROMPT_LOGPROB_ROWS = 128
 
 
 class Engine:
-    """Implements `step.Runner`. Everything but construction is called from one thread.
+    """Implements `runner.Runner`. Everything but construction is called from one thread.
 
     Of several ranks each runs the same plans, and rank 0 alone samples: the others get the tokens from it, and know
     nothing of requests and slots.
@@ -209,7 +209,7 @@ class _Captured:
 
 
 class EngineOutput:
-    """A started step, its results on their way to the host. Implements `step.StepOutput`."""
+    """A started step, its results on their way to the host. Implements `runner.StepOutput`."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from tgi_gateway.errors import BackendFailed, GatewayError, IncompleteGeneration
 from tgi_gateway.types import Failed, Request, StepEvents
 from tgi_model_server.batcher import Batcher, BatchLimits, BatchStats, Step
 from tgi_model_server.plan import StepResult
-from tgi_model_server.step import DeviceLost, Runner, StepOutput
+from tgi_model_server.runner import DeviceLost, Runner, StepOutput
 
 if TYPE_CHECKING:
     from tgi_model_server.sampling.grammar import Constraint

@@ -25,7 +25,7 @@ from tgi_model_server.engine import Engine
 from tgi_model_server.parallel import COLLECTIVE_TIMEOUT_S, Group, Shard
 from tgi_model_server.plan import StepPlan, StepResult
 from tgi_model_server.rank_task import MEETING_TIMEOUT_S, RankTask, connect, name_of, open_store, write_plan
-from tgi_model_server.step import DeviceLost, StepOutput
+from tgi_model_server.runner import DeviceLost, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _log_level() -> str:
 
 
 class Leader:
-    """Implements `step.Runner` on rank 0: tells the others of every step, and ends the engine if one of them breaks.
+    """Implements `runner.Runner` on rank 0: tells the others of every step, and ends the engine if one of them breaks.
 
     Ranks exchange values within a step; one that leaves it, for whatever reason, leaves the others waiting. So there
     is no next step after a broken one.
@@ -247,7 +247,7 @@ class Leader:
 
 @dataclass(frozen=True, slots=True)
 class _LeaderOutput:
-    """Implements `step.StepOutput`."""
+    """Implements `runner.StepOutput`."""
 
     output: StepOutput
     followers: Followers

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tgi_backend_cpu import machine
 from tgi_backend_cpu.attention import PAGE_SIZE, CpuAttentionPlan
 from tgi_backend_cpu.collectives import OrderedSums
 from tgi_backend_cpu.ops import CpuOps
+from tgi_model_server import machine
 from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepDefaults, StepLimits
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from tgi_backend_cpu.machine import rounds_alike
 from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, EngineOptions
 from tgi_gateway.hooks import hookimpl
+from tgi_model_server.machine import rounds_alike
 
 _EXACT = rounds_alike()
 CAPABILITIES = Capabilities(

@@ -27,6 +27,10 @@ class PageAllocator:
     def free_pages(self) -> int:
         return len(self._free)
 
+    def free_set(self) -> frozenset[int]:
+        """The pages that nobody has. O(pages)."""
+        return frozenset(self._free)
+
     def take(self, count: int) -> list[int]:
         """`count` pages; the caller has made sure that so many are free."""
         free = self._free

@@ -20,16 +20,15 @@ from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from llguidance import LLExecutor
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from tgi_gateway.errors import GatewayError, ValidationError
 from tgi_gateway.types import FinishReason, Request
 from tgi_model_server.plan import StepPlan
+from tgi_model_server.runner import StepOutput
 from tgi_model_server.sampling.grammar import Constraint, Words, clear
-from tgi_model_server.step import StepOutput
-from tgi_model_server.transfer import to_device
 
 _THREAD_WORDS = 1 << 14
 """Masks of fewer words in all are computed sooner than another thread wakes up."""
@@ -47,24 +46,8 @@ class RowMasks:
     """int32 [rows, words], one bit per token: may be chosen."""
     endings: dict[int, FinishReason | GatewayError]
     """Index among the sampled rows -> how its request ends instead of taking a token. Its mask allows everything."""
-    unpacked: torch.Tensor | None = None
+    forbidden: npt.NDArray[np.bool_] | None = None
     """bool [rows, at least the vocabulary]: the inverse of `words`, where the host may as well unpack them."""
-
-    def apply(self, logits: torch.Tensor) -> None:
-        """Set what may not be chosen to -inf in float32 logits [sampled rows, vocabulary], in place."""
-        rows, width = len(self.rows), logits.shape[1]
-        if self.unpacked is not None:
-            forbidden = self.unpacked[:, :width]
-        else:
-            # An eighth of the bytes to move, and the device has the time to unpack them.
-            packed = to_device(self.words.view(np.uint8), torch.uint8, logits.device)
-            bits = to_device([1, 2, 4, 8, 16, 32, 64, 128], torch.uint8, logits.device)
-            forbidden = ((packed[:, :, None] & bits) == 0).view(rows, -1)[:, :width]
-        if rows == logits.shape[0]:
-            logits.masked_fill_(forbidden, float("-inf"))
-            return
-        index = to_device(self.rows, torch.int64, logits.device)
-        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, float("-inf")))
 
 
 @dataclass(slots=True)
@@ -172,11 +155,10 @@ class Masks:
                 kept = masks[place] & preferred
                 if kept.any():
                     masks[place] = kept
-        unpacked: torch.Tensor | None = None
+        forbidden = None
         if self._overlap:
-            bits = np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little")
-            unpacked = torch.from_numpy(bits).view(torch.bool)
-        return RowMasks([index for index, _, _ in wanted], masks, endings, unpacked)
+            forbidden = np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
+        return RowMasks([index for index, _, _ in wanted], masks, endings, forbidden)
 
     def _catch_up(self, state: _Slot) -> bool:
         """Let the constraint see the token that was sampled last. False if that ended the request."""

@@ -6,18 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import Request
 from tgi_model_server.plan import StepPlan
+from tgi_model_server.runner import StepOutput
 from tgi_model_server.sampling import filters
 from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.penalties import TokenCounts
 from tgi_model_server.sampling.uniform import uniform
 from tgi_model_server.sampling.watermark import Watermark
-from tgi_model_server.step import StepOutput
 from tgi_model_server.transfer import to_device
 
 
@@ -139,7 +140,7 @@ class Sampler:
         if batch.penalized is not None or batch.biased or batch.watermarked or not all(plan.allow_eos):
             self._process(logits, batch, plan)
         if masks is not None:
-            masks.apply(logits)
+            _forbid(logits, masks)
         tokens = self._choose(logits, batch, plan.output_lens)
         self.last_tokens.index_copy_(0, batch.slot_ids, tokens)
         if batch.penalized is not None:
@@ -252,6 +253,23 @@ class _Drawn:
             kept = filters.typical_p(_select(typical, logits), typical.values, peek=peek)
             logits = _apply(typical, logits, kept)
         return logits
+
+
+def _forbid(logits: torch.Tensor, masks: RowMasks) -> None:
+    """Set what may not be chosen to -inf in float32 logits [sampled rows, vocabulary], in place."""
+    rows, width = len(masks.rows), logits.shape[1]
+    if masks.forbidden is not None:
+        forbidden = torch.from_numpy(masks.forbidden)[:, :width]
+    else:
+        # An eighth of the bytes to move, and the device has the time to unpack them.
+        packed = to_device(masks.words.view(np.uint8), torch.uint8, logits.device)
+        bits = to_device([1, 2, 4, 8, 16, 32, 64, 128], torch.uint8, logits.device)
+        forbidden = ((packed[:, :, None] & bits) == 0).view(rows, -1)[:, :width]
+    if rows == logits.shape[0]:
+        logits.masked_fill_(forbidden, -math.inf)
+        return
+    index = to_device(masks.rows, torch.int64, logits.device)
+    logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, -math.inf))
 
 
 def _filter(values: list[float], neutral: float, device: torch.device) -> _Filter | None:

@@ -19,7 +19,7 @@ from tgi_model_server.models.registry import build_model
 from tgi_model_server.parallel import Shard
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 from tgi_model_server.reference import ReferenceOps
-from tgi_model_server.step import Runner
+from tgi_model_server.runner import Runner
 from tgi_model_server.weights.loader import DummyWeights
 
 SMALL: Mapping[str, Any] = {

@@ -48,7 +48,7 @@ def _cpu_quota() -> int | None:
 def rounds_alike() -> bool:
     """Whether the matrix libraries round a row the same way whatever stands beside it.
 
-    oneDNN and MKL do, as `ops` and `device` set them up, on Intel's processors with AVX-512. On others MKL chooses its
+    oneDNN and MKL do, as the CPU backend sets them up, on Intel's processors with AVX-512. On others MKL chooses its
     code by the number of rows; on other architectures torch comes with libraries that nobody has measured.
     """
     cpu = _text(Path("/proc/cpuinfo")) or ""
