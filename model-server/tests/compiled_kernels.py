@@ -29,21 +29,25 @@ def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*size, dtype=dtype, device=META)
 
 
-def step(rows: list[tuple[int, int]]) -> StepPlan:
-    """Rows of (new tokens, KV length)."""
+def step(rows: list[tuple[int, int]], together: bool = False) -> StepPlan:
+    """Rows of (new tokens, KV length), on pages of their own or all on the same."""
     return StepPlan(
         slots=list(range(len(rows))),
         query_lens=[query_len for query_len, _ in rows],
         kv_lens=[kv_len for _, kv_len in rows],
-        pages=[[1] * -(-kv_len // 16) for _, kv_len in rows],
+        pages=[[1 if together else row + 1] * -(-kv_len // 16) for row, (_, kv_len) in enumerate(rows)],
         token_ids=[0] * sum(query_len for query_len, _ in rows),
     )
 
 
 def attend(
-    tuning: Tuning, rows: list[tuple[int, int]], window: int | None = None, shape: AttentionShape = LLAMA_8B
+    tuning: Tuning,
+    rows: list[tuple[int, int]],
+    window: int | None = None,
+    shape: AttentionShape = LLAMA_8B,
+    together: bool = False,
 ) -> torch.Tensor:
-    plan = step(rows)
+    plan = step(rows, together)
     planned = triton_plan(plan, shape, KVLayout(16), device=torch.device("cpu"), cores=132, tuning=tuning)
     q, _, _ = stacked(plan.num_tokens, shape)
     pool = empty(100, 16, shape.num_kv_heads, shape.head_dim, dtype=shape.kv_dtype)
@@ -111,6 +115,16 @@ def test_attention_uses_the_matrix_units(target: str, window: int | None) -> Non
     assert {**unit, "sm_90": "wgmma.mma_async"}[target] in prefill.assembly
     # On sm_80 a few registers too many are spilled outside the loop.
     assert prefill.spilled_bytes <= (256 if target == "sm_80" else 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_keys_that_rows_share_are_read_with_the_matrix_units(target: str) -> None:
+    tuning = TUNINGS[target[:2]]
+    shared, *others = build_all(lambda: attend(tuning, [(1, 8000)] * 20, together=True), target)
+    unit = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx90a": "v_mfma", "gfx942": "v_mfma"}
+    assert unit[target] in shared.assembly
+    assert len(others) == 2
+    assert [each.spilled_bytes for each in (shared, *others)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -22,6 +23,7 @@ from tgi_model_server.kernels.decode import choose_splits
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
+from tgi_model_server.kernels.sharing import find_sharing
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, reference_plan
 from tgi_model_server.sampling import filters
@@ -33,7 +35,7 @@ PLACE = torch.device("cpu" if interpreted() else torch.accelerator.current_accel
 assert interpreted() or PLACE.type != "cpu", "without an accelerator set TRITON_INTERPRET=1"
 
 OPS, REFERENCE = TritonOps(), ReferenceOps()
-SMALL = Tuning(decode_keys=16, prefill_queries=16, prefill_keys=16, split_keys=32)
+SMALL = Tuning(decode_keys=16, prefill_queries=16, prefill_keys=16, split_keys=32, shared_keys=40)
 """Several tiles and splits on a few dozen keys."""
 MANY_CORES = 1000
 CHUNK = 256 if interpreted() else 4096
@@ -240,11 +242,11 @@ def test_plans_name_the_slots_that_the_step_names(page_size: int) -> None:
     assert made.decode_lens.tolist() == [16, 17]
     fixed = FixedPlan(Bucket(5, plan.num_tokens), 40, shape, layout, device=PLACE, cores=1, tuning=SMALL)
     fixed.update(plan)
-    assert fixed.plan.cache_slots.tolist() == plan.cache_slots(page_size)
-    assert fixed.plan.decode_lens.tolist() == [0, 16, 17, 0, 0]
+    assert fixed.alone.cache_slots.tolist() == plan.cache_slots(page_size)
+    assert fixed.alone.decode_lens.tolist() == [0, 16, 17, 0, 0]
     tiles = made.tiles.tolist()
-    assert sorted(first for _, first in fixed.plan.tiles.tolist()[: len(tiles)]) == sorted(first for _, first in tiles)
-    assert {row for row, _ in fixed.plan.tiles.tolist()[len(tiles) :]} == {-1}, "what is left of the tiles is no work"
+    assert sorted(first for _, first in fixed.alone.tiles.tolist()[: len(tiles)]) == sorted(first for _, first in tiles)
+    assert {row for row, _ in fixed.alone.tiles.tolist()[len(tiles) :]} == {-1}, "what is left of the tiles is no work"
 
 
 def test_tiles_with_the_most_keys_come_first_and_each_new_token_has_one() -> None:
@@ -258,14 +260,72 @@ def test_tiles_with_the_most_keys_come_first_and_each_new_token_has_one() -> Non
 def test_a_fixed_plan_keeps_its_addresses_and_forgets_the_step_before() -> None:
     shape, layout = AttentionShape(4, 2, 16, torch.float32, torch.float32), KVLayout(4)
     fixed = FixedPlan(Bucket(4, 40), 128, shape, layout, device=PLACE, cores=MANY_CORES, tuning=SMALL)
-    tables = (fixed.plan.page_table, fixed.plan.tiles, fixed.plan.cache_slots)
+    tables = (fixed.alone.page_table, fixed.alone.tiles, fixed.alone.cache_slots)
     addresses = [table.data_ptr() for table in tables]
     for rows in ([(30, 128), (1, 99)], [(1, 1), (1, 2), (3, 7)], [(1, 127), (1, 4), (1, 5)]):
         plan = pad_plan(make_plan(4, rows), Bucket(4, 40), 4)
-        fixed.update(plan)
-        check_attention(plan, shape, layout, fixed.plan, tokens=sum(query_len for query_len, _ in rows))
-    tables = (fixed.plan.page_table, fixed.plan.tiles, fixed.plan.cache_slots)
+        check_attention(plan, shape, layout, fixed.update(plan), tokens=sum(query_len for query_len, _ in rows))
+    tables = (fixed.alone.page_table, fixed.alone.tiles, fixed.alone.cache_slots)
     assert addresses == [table.data_ptr() for table in tables]
+
+
+def share(plan: StepPlan, rows: Sequence[int], pages: int) -> StepPlan:
+    """`plan` with the first pages of these rows those of the first one of them."""
+    return replace(
+        plan,
+        pages=[
+            [*plan.pages[rows[0]][:pages], *own[pages:]] if row in rows else list(own)
+            for row, own in enumerate(plan.pages)
+        ],
+    )
+
+
+MIXED_ROWS = [(1, 61), (5, 30), (1, 40), (1, 99), (1, 44), (1, 12), (1, 70)]
+
+
+@pytest.mark.parametrize("together", [[0, 2, 3], [0, 2, 3, 4, 6], [3, 6]])
+def test_rows_that_begin_alike_read_their_keys_together(dtype: torch.dtype, together: list[int]) -> None:
+    shape, layout = AttentionShape(4, 2, 16, dtype, dtype), KVLayout(4)
+    tuning = replace(SMALL, shared_queries=16)
+    plan = share(make_plan(4, MIXED_ROWS), together, 11)
+    if len(together) == 3:
+        plan = share(plan, [4, 6], 11)
+    planned = make_triton_plan(plan, shape, layout, tuning)
+    assert planned.shared is not None
+    assert planned.decode_lens.shape[0] == 6
+    check_attention(plan, shape, layout, planned, tuning=tuning)
+    fixed = FixedPlan(Bucket(9, 16), 128, shape, layout, device=PLACE, cores=MANY_CORES, tuning=tuning)
+    padded = pad_plan(plan, Bucket(9, 16), 4)
+    chosen = fixed.update(padded)
+    assert chosen is fixed.together
+    check_attention(padded, shape, layout, chosen, tokens=plan.num_tokens, tuning=tuning)
+    alone = pad_plan(make_plan(4, MIXED_ROWS), Bucket(9, 16), 4)
+    assert fixed.update(alone) is fixed.alone
+    check_attention(alone, shape, layout, fixed.alone, tokens=plan.num_tokens, tuning=tuning)
+    check_attention(alone, shape, layout, fixed.together, tokens=plan.num_tokens, tuning=tuning)
+
+
+def test_sharing_is_found_where_it_pays_and_as_long_as_it_goes() -> None:
+    plan = make_plan(4, [(1, 61), (1, 62), (5, 61), (1, 63), (1, 64), (1, 9)])
+    plan = share(share(plan, [0, 1, 2, 3, 4], 2), [3, 4], 15)
+    found = find_sharing(plan, 4, worth=40, per_tile=8)
+    assert (found.rows, found.tiles) == ([4, 3], [(0, 2, 60)])
+    assert found.order(range(6)) == [4, 3, 0, 1, 2, 5]
+    found = find_sharing(plan, 4, worth=20, per_tile=2)
+    assert (sorted(found.rows[:4]), found.tiles) == ([0, 1, 3, 4], [(0, 2, 8), (2, 2, 8)])
+    assert find_sharing(plan, 4, worth=61, per_tile=8).tiles == []
+    assert find_sharing(plan, 4, worth=20, per_tile=2, most_tiles=1).tiles == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pages_in_common_are_counted_as_by_looking_at_each(seed: int) -> None:
+    draw = random.Random(seed)
+    one = draw.sample(range(1, 99), draw.randint(1, 30))
+    same = draw.randint(0, len(one))
+    other = one[:same] + draw.sample(range(100, 200), draw.randint(0, 9))
+    plan = replace(make_plan(1, [(1, len(one) + 1), (1, len(other) + 1)]), pages=[[*one, 300], [*other, 301]])
+    found = find_sharing(plan, 1, worth=1, per_tile=8)
+    assert [length for *_, length in found.tiles] == ([same] if same else [])
 
 
 def test_a_fixed_plan_refuses_steps_that_are_not_of_its_size() -> None:
@@ -460,17 +520,17 @@ class TritonDevice(ReferenceDevice):
         self._limits: StepLimits | None = None
         self._fixed: dict[tuple[Bucket, AttentionShape], FixedPlan] = {}
 
-    def plan_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> AttentionPlan:  # type: ignore[override]
-        bucket = Bucket(len(plan.slots), plan.num_tokens)
+    def plan_attention(  # type: ignore[override]
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> AttentionPlan:
         tuning, limits = OPS.tuning, self._limits
-        if limits is None or bucket not in self.buckets(limits):
+        if limits is None or bucket is None:
             return triton_plan(plan, shape, layout, device=PLACE, cores=4, tuning=tuning)
         fixed = self._fixed.get((bucket, shape))
         if fixed is None:
             fixed = FixedPlan(bucket, limits.max_kv_len, shape, layout, device=PLACE, cores=4, tuning=tuning)
             self._fixed[bucket, shape] = fixed
-        fixed.update(plan)
-        return fixed.plan
+        return fixed.update(plan)
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
         self._limits = limits
@@ -482,14 +542,8 @@ class TritonDevice(ReferenceDevice):
         del bucket
 
         def replay(step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
-            assert step.attention is example.attention
-            for kept, new in (
-                (example.input_ids, step.input_ids),
-                (example.positions, step.positions),
-                (example.last_token, step.last_token),
-            ):
-                kept.copy_(new)
-            return forward(example)
+            assert step.numbers is example.numbers
+            return forward(replace(example, attention=step.attention))
 
         return replay
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,8 @@ from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepInput
 
 PAGE_SIZE = 32
+_FEWEST_SHARING = 4
+"""Batches below are recorded without reading shared keys together."""
 OLDEST = (8, 0)
 """Compute capability that has bfloat16 and asynchronous copies."""
 
@@ -105,12 +108,17 @@ class CudaDevice:
                 cores=self._cores,
                 tuning=self.tuning,
             )
-        fixed.update(plan)
-        return fixed.plan
+        return fixed.update(plan)
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
         self._limits = limits
         return [Bucket(rows, rows) for rows in graph_sizes(limits.max_rows, limits.decode_sizes)]
 
-    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:  # noqa: ARG002
-        return self._recorder.record(forward, example)
+    def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
+        """One graph for rows that each read their own keys; from a few rows on, one more for those that share some."""
+        fixed = self._fixed[bucket]
+        alone = self._recorder.record(forward, replace(example, attention=fixed.alone))
+        if bucket.num_rows < _FEWEST_SHARING:
+            return alone
+        together = self._recorder.record(forward, replace(example, attention=fixed.together))
+        return lambda step: (together if step.attention is fixed.together else alone)(step)

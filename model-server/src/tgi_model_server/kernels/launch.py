@@ -26,8 +26,12 @@ class Tuning:
     decode_keys: int = 64
     """Keys that a decode program loads at a time."""
     decode_warps: int = 4
+    shared_queries: int = 64
+    """Rows of a tile that reads keys shared by several sequences: sequences times the heads that share a KV head."""
     decode_stages: int = 3
     """Depth of the software pipeline; each stage holds one tile of keys and one of values in shared memory."""
+    shared_keys: int = 8192
+    """Keys that several sequences' rows need not read, in all, for the one more launch a layer to pay."""
     prefill_queries: int = 128
     """Rows of a prefill tile: tokens times the heads that share a KV head."""
     prefill_keys: int = 64

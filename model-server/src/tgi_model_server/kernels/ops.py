@@ -115,6 +115,7 @@ class TritonOps(ReferenceOps):
                 window=sliding_window,
                 splits=plan.decode_splits,
                 tuning=self.tuning,
+                shared=None if sliding_window else plan.shared,
             )
         if plan.tiles.shape[0]:
             prefill(

@@ -15,13 +15,17 @@ import numpy.typing as npt
 import torch
 
 from tgi_model_server.device import AttentionShape, Bucket, KVLayout
-from tgi_model_server.kernels.decode import choose_splits
+from tgi_model_server.kernels.decode import SharedKeys, choose_splits, shared_rows
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.prefill import tile_tokens
+from tgi_model_server.kernels.sharing import Sharing, find_sharing
 from tgi_model_server.plan import StepPlan
 
 _ALIGNED = 16
 """Kernels are compiled anew for sizes that are not multiples of this, so tables have none."""
+
+_SPARE_TILES = 4
+"""Of keys that rows share, in buffers of fixed size: each group of rows may leave its last tile unfilled."""
 
 _Ints = npt.NDArray[np.int32]
 
@@ -46,6 +50,8 @@ class TritonAttentionPlan:
     tiles: torch.Tensor
     """[tiles, 2]: row and first new token of each prefill tile; row -1 is no work."""
     decode_splits: int
+    shared: SharedKeys | None = None
+    """None: no rows of this step read keys together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +61,15 @@ class _Sizes:
     table_pages: int
     decode_rows: int
     tiles: int
+    shared_tiles: int
 
     def lengths(self) -> tuple[int, ...]:
-        """Of the buffer's parts: slots, KV lengths, decode lengths, query lengths, query starts, tiles, page table."""
-        rows = self.rows
-        return (self.tokens, rows, self.decode_rows, rows, rows, 2 * self.tiles, rows * self.table_pages)
+        """Of the buffer's parts: slots, KV lengths, decode lengths, query lengths, query starts, tiles, shared lengths,
+        shared tiles, page table.
+        """
+        rows, decode_rows = self.rows, self.decode_rows
+        shared = (decode_rows, 3 * self.shared_tiles)
+        return (self.tokens, rows, decode_rows, rows, rows, 2 * self.tiles, *shared, rows * self.table_pages)
 
     def starts(self) -> list[int]:
         """Where the parts begin, aligned, and where the last one, the page table, ends."""
@@ -79,9 +89,10 @@ def triton_plan(
     tuning: Tuning,
 ) -> TritonAttentionPlan:
     """A plan of exactly this step, its decode rows first. `cores` are the chip's processors that run programs."""
-    order = sorted(range(len(plan.slots)), key=lambda row: plan.query_lens[row] > 1)
+    per_tile, per_shared = tile_tokens(shape, tuning), _shared_rows(shape, tuning)
+    sharing = find_sharing(plan, layout.page_size, worth=tuning.shared_keys, per_tile=per_shared)
+    order = sharing.order(sorted(range(len(plan.slots)), key=lambda row: plan.query_lens[row] > 1))
     decode_rows = sum(query_len == 1 for query_len in plan.query_lens)
-    per_tile = tile_tokens(shape, tuning)
     tiles = _list_tiles(plan, order, per_tile)
     longest = max(plan.kv_lens, default=1)
     sizes = _Sizes(
@@ -90,16 +101,21 @@ def triton_plan(
         table_pages=_aligned(-(-longest // layout.page_size)),
         decode_rows=decode_rows,
         tiles=len(tiles),
+        shared_tiles=len(sharing.tiles),
     )
     buffer, place = _host_buffer(sizes, device), sizes.starts()
-    _fill(buffer.numpy(), sizes, plan, order, tiles, layout.page_size)
+    _fill(buffer.numpy(), sizes, plan, order, tiles, sharing, layout.page_size)
     moved = buffer.to(device, non_blocking=True)
     splits = choose_splits(decode_rows, shape.num_kv_heads, longest, cores, tuning)
-    return _views(moved, place, sizes, layout, splits)
+    shared_splits = choose_splits(len(sharing.tiles), shape.num_kv_heads, longest, cores, tuning)
+    return _views(moved, place, sizes, layout, splits, shared_splits if sharing.tiles else 0)
 
 
 class FixedPlan:
-    """The buffers of one bucket: `plan` always has the same addresses and shapes, `update` changes what is in them."""
+    """The buffers of one bucket, always of the same addresses and shapes; `update` changes what is in them.
+
+    Whether rows read keys together changes which kernels run: `alone` and `together` are two plans over one buffer.
+    """
 
     def __init__(
         self,
@@ -114,7 +130,9 @@ class FixedPlan:
     ) -> None:
         """A bucket of as many tokens as rows is for decoding only: it has no prefill tiles."""
         self._layout = layout
-        self._per_tile = tile_tokens(shape, tuning)
+        self._per_tile, self._per_shared = tile_tokens(shape, tuning), _shared_rows(shape, tuning)
+        self._worth = tuning.shared_keys
+        shared_tiles = -(-bucket.num_rows // self._per_shared) + _SPARE_TILES
         only_decode = bucket.num_tokens == bucket.num_rows
         self._sizes = _Sizes(
             tokens=bucket.num_tokens,
@@ -122,15 +140,20 @@ class FixedPlan:
             table_pages=_aligned(-(-max_kv_len // layout.page_size)),
             decode_rows=bucket.num_rows,
             tiles=0 if only_decode else bucket.num_tokens // self._per_tile + bucket.num_rows,
+            shared_tiles=shared_tiles,
         )
         place = self._sizes.starts()
         self._device = device
         self._buffer = torch.zeros(place[-1], dtype=torch.int32, device=device)
         splits = choose_splits(bucket.num_rows, shape.num_kv_heads, max_kv_len, cores, tuning)
-        self.plan = _views(self._buffer, place, self._sizes, layout, splits)
+        self.alone = _views(self._buffer, place, self._sizes, layout, splits, 0)
+        tiles = shared_tiles - _SPARE_TILES
+        shared_splits = choose_splits(tiles, shape.num_kv_heads, max_kv_len, cores, tuning)
+        self.together = _views(self._buffer, place, self._sizes, layout, splits, shared_splits)
 
-    def update(self, plan: StepPlan) -> None:
-        """Take over `plan`, padded to the bucket; in the order of the current stream, without waiting for it.
+    def update(self, plan: StepPlan) -> TritonAttentionPlan:
+        """Take over `plan`, padded to the bucket; in the order of the current stream, without waiting for it. Returns
+        the one of the two plans that it needs.
 
         Raises ValueError for a plan that is not of the bucket's size or too long for it.
         """
@@ -143,18 +166,30 @@ class FixedPlan:
         allowed = sizes.table_pages * self._layout.page_size
         if max(plan.kv_lens) > allowed:
             raise ValueError(f"a row has {max(plan.kv_lens)} tokens; the buffers hold {allowed}.")
-        order = list(range(sizes.rows))
+        sharing = find_sharing(
+            plan,
+            self._layout.page_size,
+            worth=self._worth,
+            per_tile=self._per_shared,
+            most_tiles=sizes.shared_tiles,
+        )
+        order = sharing.order(range(sizes.rows))
         tiles = _list_tiles(plan, order, self._per_tile)
         assert len(tiles) <= sizes.tiles, "rows of one token have no tile, and others fill all but their last one"
         # Of the page table, which has room for the longest row that is allowed, only the columns in use travel.
         used = replace(sizes, table_pages=_aligned(-(-max(plan.kv_lens) // self._layout.page_size)))
         # Pinned memory comes from a cache that hands a piece out again only when the copies from it are done.
         staged = _host_buffer(used, self._device)
-        _fill(staged.numpy(), used, plan, order, tiles, self._layout.page_size)
+        _fill(staged.numpy(), used, plan, order, tiles, sharing, self._layout.page_size)
         head = used.starts()[-2]
         self._buffer[:head].copy_(staged[:head], non_blocking=True)
         columns = staged[head:].to(self._device, non_blocking=True)[: used.rows * used.table_pages]
-        self.plan.page_table[:, : used.table_pages].copy_(columns.view(used.rows, used.table_pages))
+        self.alone.page_table[:, : used.table_pages].copy_(columns.view(used.rows, used.table_pages))
+        return self.together if sharing.tiles else self.alone
+
+
+def _shared_rows(shape: AttentionShape, tuning: Tuning) -> int:
+    return shared_rows(shape.num_heads // shape.num_kv_heads, shape.head_dim, shape.dtype, tuning)
 
 
 def _aligned(size: int) -> int:
@@ -177,11 +212,17 @@ def _list_tiles(plan: StepPlan, order: Sequence[int], per_tile: int) -> list[tup
 
 
 def _fill(
-    buffer: _Ints, sizes: _Sizes, plan: StepPlan, order: Sequence[int], tiles: list[tuple[int, int]], page_size: int
+    buffer: _Ints,
+    sizes: _Sizes,
+    plan: StepPlan,
+    order: Sequence[int],
+    tiles: list[tuple[int, int]],
+    sharing: Sharing,
+    page_size: int,
 ) -> None:
     """Write every number that a kernel reads into `buffer`, whose contents may be anything."""
     starts = sizes.starts()
-    slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, table = (
+    slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, shared_lens, shared_tiles, table = (
         buffer[start:end] for start, end in pairwise(starts)
     )
     query_lens[: sizes.rows] = np.fromiter((plan.query_lens[row] for row in order), np.int32, sizes.rows)
@@ -200,16 +241,22 @@ def _fill(
         else:
             at = np.arange(kv_len - query_len, kv_len)
             slots[token : token + query_len] = pages_of_row[place, at // page_size] * page_size + at % page_size
+    shared_lens[: sizes.decode_rows] = 0
+    shared_tiles[: 3 * sizes.shared_tiles] = 0
+    for tile, (first, count, length) in enumerate(sharing.tiles):
+        shared_tiles[3 * tile : 3 * tile + 3] = (first, count, length)
+        shared_lens[first : first + count] = length
     tile_list[: 2 * sizes.tiles : 2] = -1
     if tiles:
         tile_list[: 2 * len(tiles)] = np.asarray(tiles, np.int32).reshape(-1)
 
 
 def _views(
-    buffer: torch.Tensor, starts: list[int], sizes: _Sizes, layout: KVLayout, splits: int
+    buffer: torch.Tensor, starts: list[int], sizes: _Sizes, layout: KVLayout, splits: int, shared_splits: int
 ) -> TritonAttentionPlan:
+    """With `shared_splits` 0 nothing is read together."""
     parts = [buffer[start : start + length] for start, length in zip(starts, sizes.lengths(), strict=False)]
-    slots, kv_lens, decode_lens, query_lens, query_starts, tiles, table = parts
+    slots, kv_lens, decode_lens, query_lens, query_starts, tiles, shared_lens, shared_tiles, table = parts
     return TritonAttentionPlan(
         layout=layout,
         cache_slots=slots,
@@ -220,4 +267,5 @@ def _views(
         query_starts=query_starts,
         tiles=tiles.view(sizes.tiles, 2),
         decode_splits=splits,
+        shared=SharedKeys(shared_tiles.view(-1, 3), shared_lens, shared_splits) if shared_splits else None,
     )
