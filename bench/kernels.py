@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import triton
+from limits import Ceilings, measure_ceilings
 
 from tgi_model_server.device import AttentionShape, KVLayout
 from tgi_model_server.kernels.launch import Tuning, interpreted
@@ -106,12 +107,6 @@ class Case:
     bytes: int
     """That must be read and written at least."""
     flops: int = 0
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    bytes_per_s: float
-    flops_per_s: float
 
 
 class Bench:
@@ -327,22 +322,6 @@ class Timer:
         return graph.replay
 
 
-def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
-    return Ceilings(_copy_bytes_per_s(device, timer), _product_flops_per_s(device, timer))
-
-
-def _copy_bytes_per_s(device: torch.device, timer: Timer) -> float:
-    source = torch.randn(1 << 28, device=device)
-    into = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / timer.seconds([lambda: into.copy_(source)])
-
-
-def _product_flops_per_s(device: torch.device, timer: Timer) -> float:
-    size = 8192
-    one, other = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / timer.seconds([lambda: one @ other])
-
-
 def _cores(device: torch.device) -> int:
     """Processors of the chip, as its maker counts them."""
     if device.type == "cpu":
@@ -427,7 +406,7 @@ def main() -> None:
         ceilings = timer = None
         if not args.check:
             timer = Timer(device)
-            ceilings = measure_ceilings(device, timer)
+            ceilings = measure_ceilings(device)
             copy, product = ceilings.bytes_per_s / 1e12, ceilings.flops_per_s / 1e12
             way = "graphs" if timer.graphs else "eager"
             print(f"copy {copy:.2f} TB/s, bf16 product {product:.0f} TFLOP/s; {way}")

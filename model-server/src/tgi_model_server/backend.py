@@ -26,21 +26,21 @@ class TorchBackend(SteppedBackend):
         self, device_factory: Callable[[], Device], options: EngineOptions, capabilities: Capabilities
     ) -> None:
         super().__init__(capabilities)
-        self._device_factory = device_factory
+        self.device_factory = device_factory
         self._options = options
         self._engine: Engine | None = None
         self._followers: Followers | None = None
 
     def load(self) -> Loaded:
         """The engine on this rank and all others."""
-        device, options, group = self._device_factory(), self._options, ALONE
+        device, options, group = self.device_factory(), self._options, ALONE
         followers: Followers | None = None
         with contextlib.ExitStack() as undo:
             if options.num_shard > 1:
                 shard = Shard(0, options.num_shard)
                 device.join(shard)
                 options = prepare(device, options, shard).options
-                followers = Followers(self._device_factory, options)
+                followers = Followers(self.device_factory, options)
                 undo.callback(followers.kill)
                 group = followers.meet(device, shard)
                 undo.callback(group.close)
