@@ -21,7 +21,8 @@ from tgi_model_server.step import StepInput
 from tgi_model_server.testing.devices import ReferenceDevice
 from tgi_model_server.testing.groups import on_ranks
 from tgi_model_server.testing.models import SMALL, save_random_model
-from tgi_model_server.weights.loader import CheckpointWeights, DummyWeights
+from tgi_model_server.weights.dummy import DummyWeights
+from tgi_model_server.weights.loader import CheckpointWeights
 
 CPU = torch.device("cpu")
 GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 8}

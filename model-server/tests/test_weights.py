@@ -21,7 +21,8 @@ from tgi_model_server.parallel import Shard
 from tgi_model_server.reference import ReferenceOps
 from tgi_model_server.testing.devices import ReferenceDevice
 from tgi_model_server.testing.models import SMALL, HandBatch, make_request, random_tensors, save_random_model
-from tgi_model_server.weights.loader import CheckpointWeights, DummyWeights
+from tgi_model_server.weights.dummy import DummyWeights
+from tgi_model_server.weights.loader import CheckpointWeights
 
 CPU = torch.device("cpu")
 PROMPT = [5, 9, 2, 44]

@@ -23,7 +23,8 @@ from tgi_model_server.sampling.watermark import Watermark
 from tgi_model_server.sizing import attention_shape, compute_dtype, num_pages, refuse_unsupported, step_limits
 from tgi_model_server.step import AttentionPlan, StepInput, refill, step_input
 from tgi_model_server.transfer import HostCopy, to_device
-from tgi_model_server.weights.loader import CheckpointWeights, DummyWeights, Progress, Weights
+from tgi_model_server.weights.dummy import DummyWeights
+from tgi_model_server.weights.loader import CheckpointWeights, Progress, Weights
 
 _PROMPT_LOGPROB_ROWS = 128
 """Prompt tokens whose logits exist at a time."""

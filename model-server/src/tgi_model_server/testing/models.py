@@ -20,7 +20,7 @@ from tgi_model_server.parallel import Shard
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 from tgi_model_server.reference import ReferenceOps
 from tgi_model_server.runner import Runner
-from tgi_model_server.weights.loader import DummyWeights
+from tgi_model_server.weights.dummy import DummyWeights
 
 SMALL: Mapping[str, Any] = {
     "model_type": "llama",
@@ -44,14 +44,11 @@ class _RecordedWeights(DummyWeights):
         super().__init__(dtype=torch.float32, device=torch.device("cpu"), shard=Shard(), seed=seed)
         self.taken: dict[str, torch.Tensor] = {}
 
-    def take(
-        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
-    ) -> torch.Tensor:
-        tensor = super().take(name, shape, split=split, padded=padded)
+    def _fill(self, target: torch.Tensor, name: str, shape: tuple[int, ...], dim: int, start: int) -> None:
+        super()._fill(target, name, shape, dim, start)
         if not name.endswith("norm.weight"):
-            tensor = tensor * (50.0 * shape[-1] ** -0.5)
-        self.taken[name] = tensor
-        return tensor
+            target.mul_(50.0 * shape[-1] ** -0.5)
+        self.taken[name] = target.clone()
 
 
 def random_tensors(raw_config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -41,7 +40,7 @@ class Weights(Protocol):
         ...
 
     def ignore(self, name: str) -> None:
-        """The checkpoint may hold `name`, but the model does not use it."""
+        """The source may hold `name`, but the model does not use it."""
         ...
 
     def finish(self) -> None:
@@ -49,16 +48,70 @@ class Weights(Protocol):
         ...
 
 
-class CheckpointWeights:
-    """Weights from safetensors files. Only the parts that are asked for are read, straight into their final tensor."""
+class RankWeights:
+    """The rank's parts of the tensors of some source, each put straight into its place in a final tensor."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, shard: Shard) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._shard = shard
+
+    def take(
+        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
+    ) -> torch.Tensor:
+        self._expect(name, shape)
+        dim = split or 0
+        part = slice(0, shape[dim])
+        if split is not None:
+            part = self._shard.padded_range(shape[dim]) if padded else self._shard.range(shape[dim], name)
+        target = self._empty((*shape[:dim], part.stop - part.start, *shape[dim + 1 :]))
+        present = max(min(part.stop, shape[dim]) - part.start, 0)
+        if present < target.shape[dim]:
+            target.zero_()
+        if present:
+            self._fill(target.narrow(dim, 0, present), name, shape, dim, part.start)
+        else:
+            self.ignore(name)
+        return target
+
+    def take_stacked(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, pieces: Sequence[int] = ()
+    ) -> torch.Tensor:
+        for name, shape in zip(names, shapes, strict=True):
+            self._expect(name, shape)
+        shards = [self._shard.among(count) for count in pieces or [self._shard.world_size] * len(names)]
+        parts = [shard.range(shape[0], name) for shard, shape, name in zip(shards, shapes, names, strict=True)]
+        sizes = [part.stop - part.start for part in parts]
+        target = self._empty((sum(sizes), *shapes[0][1:]))
+        for rows, name, shape, part in zip(target.split_with_sizes(sizes), names, shapes, parts, strict=True):
+            self._fill(rows, name, shape, 0, part.start)
+        return target
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def ignore(self, name: str) -> None:
+        """Nothing is missed unless the source keeps account."""
+
+    def finish(self) -> None:
+        """Nothing is left over unless the source keeps account."""
+
+    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises `ModelError` where the source lacks such a tensor."""
+
+    def _fill(self, target: torch.Tensor, name: str, shape: tuple[int, ...], dim: int, start: int) -> None:
+        """Put into `target` what `name`, of full `shape`, holds from `start` on along `dim`."""
+        raise NotImplementedError
+
+
+class CheckpointWeights(RankWeights):
+    """Weights from safetensors files. Only the parts that are asked for are read."""
 
     def __init__(
         self, folder: Path, *, dtype: torch.dtype, device: torch.device, shard: Shard, progress: Progress | None = None
     ) -> None:
+        super().__init__(dtype=dtype, device=device, shard=shard)
         self._folder = folder
-        self._dtype = dtype
-        self._device = device
-        self._shard = shard
         self._progress = progress
         self._checkpoint = Checkpoint(weight_files(folder))
         missing = index_mismatches(folder, self._checkpoint.entries)
@@ -71,42 +124,6 @@ class CheckpointWeights:
             for entry in self._checkpoint.entries.values()
         )
         self._done = 0
-
-    def take(
-        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
-    ) -> torch.Tensor:
-        self._check(name, shape)
-        if split is None:
-            target = self._empty(shape)
-            self._copy(name, target, ())
-            return target
-        part = _part(self._shard, shape[split], name, padded)
-        before, after = shape[:split], shape[split + 1 :]
-        target = self._empty((*before, part.stop - part.start, *after))
-        present = max(min(part.stop, shape[split]) - part.start, 0)
-        if present < target.shape[split]:
-            target.zero_()
-        if present:
-            index = (slice(None),) * split + (slice(part.start, part.start + present),)
-            self._copy(name, target.narrow(split, 0, present), index if self._shard.world_size > 1 else ())
-        else:
-            self.ignore(name)
-        return target
-
-    def take_stacked(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, pieces: Sequence[int] = ()
-    ) -> torch.Tensor:
-        for name, shape in zip(names, shapes, strict=True):
-            self._check(name, shape)
-        ranges = _ranges(self._shard, names, shapes, pieces)
-        sizes = [part.stop - part.start for part in ranges]
-        target = self._empty((sum(sizes), *shapes[0][1:]))
-        for name, part, rows in zip(names, ranges, target.split_with_sizes(sizes), strict=True):
-            self._copy(name, rows, (part,) if self._shard.world_size > 1 else ())
-        return target
-
-    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def ignore(self, name: str) -> None:
         self._unused.pop(name, None)
@@ -124,7 +141,7 @@ class CheckpointWeights:
         if self._progress is not None:
             self._progress(self._total, self._total)
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         entry = self._checkpoint.entries.get(name)
         if entry is None:
             raise ModelError(f"{self._folder}: tensor {name} {list(shape)} is missing from the weights.")
@@ -137,69 +154,11 @@ class CheckpointWeights:
                 f"{entry.file}: tensor {name} has dtype {entry.dtype}; this engine reads {', '.join(_FLOATING)}."
             )
 
-    def _copy(self, name: str, target: torch.Tensor, index: tuple[slice, ...]) -> None:
-        """`index` () is the whole tensor."""
-        target.copy_(self._checkpoint.read(name, index))
+    def _fill(self, target: torch.Tensor, name: str, shape: tuple[int, ...], dim: int, start: int) -> None:
+        index = (*(slice(None) for _ in range(dim)), slice(start, start + target.shape[dim]))
+        target.copy_(self._checkpoint.read(name, () if target.shape == shape else index))
         self._unused.pop(name, None)
         entry = self._checkpoint.entries[name]
         self._done += _FLOATING[entry.dtype] * torch.Size(entry.shape).numel()
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
-
-
-class DummyWeights:
-    """Random weights from the configuration alone: the same for a name and shape in every run and on every rank."""
-
-    def __init__(self, *, dtype: torch.dtype, device: torch.device, shard: Shard, seed: int = 0) -> None:
-        self._dtype = dtype
-        self._device = device
-        self._shard = shard
-        self._seed = seed
-
-    def take(
-        self, name: str, shape: tuple[int, ...], *, split: int | None = None, padded: bool = False
-    ) -> torch.Tensor:
-        full = self._random(name, shape)
-        if split is not None:
-            part = _part(self._shard, shape[split], name, padded)
-            full = full.narrow(split, min(part.start, shape[split]), max(min(part.stop, shape[split]) - part.start, 0))
-            missing = part.stop - part.start - full.shape[split]
-            if missing:
-                size = (*shape[:split], missing, *shape[split + 1 :])
-                full = torch.cat((full, torch.zeros(size)), dim=split)
-        return full.to(device=self._device, dtype=self._dtype)
-
-    def take_stacked(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, pieces: Sequence[int] = ()
-    ) -> torch.Tensor:
-        ranges = _ranges(self._shard, names, shapes, pieces)
-        whole = [self.take(name, shape) for name, shape in zip(names, shapes, strict=True)]
-        return torch.cat([each[part] for each, part in zip(whole, ranges, strict=True)])
-
-    def _random(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """float32"""
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return torch.randn(shape, generator=generator) * 0.02
-
-    def ignore(self, name: str) -> None:
-        """Nothing is ever left over."""
-
-    def finish(self) -> None:
-        """Nothing is ever left over."""
-
-
-def _part(shard: Shard, whole: int, what: str, padded: bool) -> slice:
-    return shard.padded_range(whole) if padded else shard.range(whole, what)
-
-
-def _ranges(
-    shard: Shard, names: Sequence[str], shapes: Sequence[tuple[int, ...]], pieces: Sequence[int]
-) -> list[slice]:
-    """This rank's rows of each stacked tensor."""
-    return [
-        shard.among(count).range(shape[0], name)
-        for name, shape, count in zip(names, shapes, pieces or [shard.world_size] * len(names), strict=True)
-    ]
