@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from tgi_gateway.errors import ModelError
@@ -16,6 +18,8 @@ from tgi_model_server.models.config import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LENGTH_BYTES = 8
+"""Of the header's length, with which a file begins."""
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -48,14 +52,23 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     """As safetensors names it: ``F32``, ``BF16``, ..."""
+    begin: int
+    """Of its first byte in the file."""
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
 
 
 class Checkpoint:
-    """Open safetensors files. Tensors are mapped, not read, until something is copied out of them."""
+    """Open safetensors files: where their tensors are, and the bytes of them."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Raises `ModelError` for a file that is damaged and for a tensor that two files hold."""
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, int] = {}
+        self._mapped: dict[Path, mmap.mmap] = {}
         self.entries: dict[str, Entry] = {}
         try:
             for file in files:
@@ -66,32 +79,51 @@ class Checkpoint:
 
     def _open(self, file: Path) -> None:
         try:
-            # The context manager protocol is all that safe_open offers to close a file.
-            opened = safe_open(str(file), framework="pt").__enter__()  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as error:
+            # The library checks the header against itself and the file, but does not tell where tensors begin.
+            with safe_open(str(file), framework="pt"):
+                pass
+            descriptor = self._files[file] = os.open(file, os.O_RDONLY)
+            size = int.from_bytes(os.pread(descriptor, _LENGTH_BYTES, 0), "little")
+            header = json.loads(os.pread(descriptor, size, _LENGTH_BYTES))
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
-        self._files[file] = opened
-        for name in opened.keys():  # noqa: SIM118 - not a mapping
+        first = _LENGTH_BYTES + size
+        for name, described in header.items():
+            if name == "__metadata__":
+                continue
             if name in self.entries:
                 raise ModelError(f"Tensor {name} is in two files: {self.entries[name].file} and {file}.")
-            part = opened.get_slice(name)
-            self.entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
+            begin, end = described["data_offsets"]
+            shape = tuple(described["shape"])
+            self.entries[name] = Entry(file, shape, described["dtype"], first + begin, first + end)
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The tensor, or the part of it that `index` selects; valid until `close`."""
-        file = self.entries[name].file
+    def read(self, file: Path, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on. From any thread. Raises `ModelError`."""
+        descriptor, left = self._files[file], into
         try:
-            tensor: torch.Tensor = (
-                self._files[file].get_slice(name)[index] if index else self._files[file].get_tensor(name)
-            )
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: tensor {name} cannot be read ({error}). Download the file again.") from error
-        return tensor
+            if hasattr(os, "posix_fadvise"):
+                # All of it is asked of the disk at once, rather than as much as the kernel likes to read ahead.
+                os.posix_fadvise(descriptor, offset, len(into), os.POSIX_FADV_WILLNEED)
+            while left:
+                count = os.preadv(descriptor, [left], offset)
+                if not count:
+                    raise EOFError("the file has become shorter")
+                offset, left = offset + count, left[count:]
+        except (OSError, EOFError) as error:
+            raise ModelError(f"{file} cannot be read ({error}). Download it again.") from error
+
+    def map(self, file: Path) -> mmap.mmap:
+        """The whole file as memory, valid until `close`: for what lies in many small pieces."""
+        if file not in self._mapped:
+            self._mapped[file] = mmap.mmap(self._files[file], 0, prot=mmap.PROT_READ)
+        return self._mapped[file]
 
     def close(self) -> None:
-        for opened in self._files.values():
-            opened.__exit__(None, None, None)
-        self._files.clear()
+        for mapped in self._mapped.values():
+            mapped.close()
+        self._mapped.clear()
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def __enter__(self) -> Self:
         return self

@@ -11,10 +11,12 @@ import torch
 from tgi_gateway.errors import ModelError
 from tgi_model_server.parallel import Shard
 from tgi_model_server.weights.checkpoint import Checkpoint, index_mismatches, weight_files
+from tgi_model_server.weights.reader import Reader, part_of
+from tgi_model_server.weights.uploads import Uploads, uploads_to
 
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)"""
-_FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Weights(Protocol):
@@ -108,7 +110,14 @@ class CheckpointWeights(RankWeights):
     """Weights from safetensors files. Only the parts that are asked for are read."""
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype, device: torch.device, shard: Shard, progress: Progress | None = None
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard,
+        progress: Progress | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
         super().__init__(dtype=dtype, device=device, shard=shard)
         self._folder = folder
@@ -119,10 +128,8 @@ class CheckpointWeights(RankWeights):
             self._checkpoint.close()
             raise ModelError(f"{folder}: the index promises {', '.join(missing[:5])}, which its file does not hold.")
         self._unused = dict.fromkeys(self._checkpoint.entries)
-        self._total = sum(
-            _FLOATING.get(entry.dtype, 1) * torch.Size(entry.shape).numel()
-            for entry in self._checkpoint.entries.values()
-        )
+        self._reader = Reader(self._checkpoint, uploads or uploads_to(device), ranks=shard.world_size)
+        self._total = sum(entry.size for entry in self._checkpoint.entries.values())
         self._done = 0
 
     def ignore(self, name: str) -> None:
@@ -137,6 +144,7 @@ class CheckpointWeights(RankWeights):
                 f"{self._checkpoint.entries[unused[0]].file}: unexpected tensors {', '.join(unused[:5])}{more}. "
                 "config.json and the weights do not belong together."
             )
+        self._reader.close()
         self._checkpoint.close()
         if self._progress is not None:
             self._progress(self._total, self._total)
@@ -154,11 +162,15 @@ class CheckpointWeights(RankWeights):
                 f"{entry.file}: tensor {name} has dtype {entry.dtype}; this engine reads {', '.join(_FLOATING)}."
             )
 
-    def _fill(self, target: torch.Tensor, name: str, shape: tuple[int, ...], dim: int, start: int) -> None:
-        index = (*(slice(None) for _ in range(dim)), slice(start, start + target.shape[dim]))
-        target.copy_(self._checkpoint.read(name, () if target.shape == shape else index))
-        self._unused.pop(name, None)
+    def _fill(self, target: torch.Tensor, name: str, shape: tuple[int, ...], dim: int, start: int) -> None:  # noqa: ARG002
         entry = self._checkpoint.entries[name]
-        self._done += _FLOATING[entry.dtype] * torch.Size(entry.shape).numel()
+        part = part_of(entry, _FLOATING[entry.dtype], dim, start, target.shape[dim])
+        done = self._done
+        for read in self._reader.read(part, target):
+            self._tell(done + entry.size * read // part.size)
+        self._done = done + entry.size
+        self._unused.pop(name, None)
+
+    def _tell(self, done: int) -> None:
         if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total)
+            self._progress(min(done, self._total), self._total)
