@@ -32,6 +32,8 @@ from tgi_gateway.flags import (
     read_flags,
     whole,
 )
+from tgi_gateway.prompt.reasoning import REASONING
+from tgi_gateway.prompt.tools import FAMILIES
 
 QUANTIZERS = (
     "awq",
@@ -78,6 +80,13 @@ class Settings:
     tokenizer_config_path: str | None = _flag(
         None, MODEL, FILE, "A tokenizer_config.json to use instead of the model's, e.g. for its chat template."
     )
+    tool_call_parser: str = _flag(
+        "auto", MODEL, one_of("auto", *sorted(FAMILIES)), "How the model writes tool calls; auto: as its template says."
+    )
+    reasoning_parser: str = _flag(
+        "auto", MODEL, one_of("auto", "none", *sorted(REASONING)),
+        "How the model writes its thoughts; auto: as its template says; none: they stay in the text.",
+    )  # fmt: skip
     load_format: Literal["auto", "dummy"] = _flag(
         "auto", MODEL, one_of("auto", "dummy"), "dummy: random weights, to measure without downloading them."
     )

@@ -268,9 +268,28 @@ class NamedFunction(Struct):
     name: str
 
 
-class NamedTool(Struct, kw_only=True):
+class CalledTool(Struct, kw_only=True):
     function: NamedFunction
     type: str = "function"
+
+
+class AllowedTools(Struct, kw_only=True):
+    """The functions that may be called, of those that the model is told of."""
+
+    mode: Literal["auto", "required"]
+    tools: list[CalledTool]
+
+
+class NamedTool(Struct, kw_only=True):
+    """The function to call, or those of which the model may choose."""
+
+    type: str = "function"
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+    def __post_init__(self) -> None:
+        if (self.function is None) == (self.allowed_tools is None):
+            raise ValueError("a tool choice needs `function` or `allowed_tools`")
 
 
 class StreamOptions(Struct, kw_only=True):
@@ -359,7 +378,12 @@ class ChatBody(SamplingBody, kw_only=True):
     tool_choice: Annotated[
         str | NamedTool | None, Meta(description="`none`, `auto`, `required` or the function to call.")
     ] = None
-    tool_prompt: Annotated[str | None, Meta(description="Put before the tools in the prompt.")] = None
+    tool_prompt: Annotated[str | None, Meta(description="How to call tools, in words.")] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="Whether one answer may hold several calls.")] = None
+    separate_reasoning: Annotated[
+        bool | None, Meta(description="false: thoughts stay in `content`, as the model wrote them.")
+    ] = None
+    include_reasoning: Annotated[bool | None, Meta(description="false: thoughts are left out of the answer.")] = None
     modalities: Annotated[list[str] | None, Meta(description='Only `["text"]`.')] = None
     audio: Annotated[Any, Meta(description="Refused: this server answers with text.")] = None
     functions: Annotated[Any, Meta(description="Refused: use `tools`.")] = None
@@ -367,7 +391,6 @@ class ChatBody(SamplingBody, kw_only=True):
     web_search_options: Annotated[Any, Meta(description="Refused: this server does not search.")] = None
     reasoning_effort: Annotated[str | None, Meta(description="Told to the chat template, if it knows it.")] = None
     verbosity: Annotated[str | None, Meta(description="Accepted; ask for it in words.")] = None
-    parallel_tool_calls: Annotated[bool | None, Meta(description="Whether one answer may hold several calls.")] = None
     add_generation_prompt: Annotated[
         bool | None, Meta(description="End the prompt where the assistant's turn begins; default: unless one goes on.")
     ] = None

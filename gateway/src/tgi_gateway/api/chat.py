@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal
 
 import msgspec
@@ -12,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tgi_gateway.api import bodies
+from tgi_gateway.api.answers import CallGrown, CallOpened, Part, Reader, Reading, Text, Thought
 from tgi_gateway.api.bodies import ChatBody, SamplingBody
 from tgi_gateway.api.caller import new_id
 from tgi_gateway.api.conversation import prompt_of
@@ -31,13 +34,14 @@ from tgi_gateway.api.serving import (
 )
 from tgi_gateway.api.sse import DONE, EventStream, unless_gone
 from tgi_gateway.api.tgi import SimpleToken, simple_tokens
+from tgi_gateway.api.tool_choice import grammar_of, offer_of, reading_of
 from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
 from tgi_gateway.types import FinishReason
 
-OpenAIReason = Literal["stop", "length"]
+OpenAIReason = Literal["stop", "length", "tool_calls"]
 REASONS: dict[FinishReason, OpenAIReason] = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 MAX_CHOICES = 128
 """Of one prompt, as at OpenAI."""
@@ -62,9 +66,24 @@ class Logprobs(Struct):
     content: list[TokenLogprob]
 
 
+class FunctionCall(Struct):
+    name: str
+    arguments: str
+
+
+class AssistantCall(Struct, kw_only=True):
+    """A call that the model makes; its `arguments` are a JSON object as text."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AssistantCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -78,11 +97,16 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, kw_only=True):
@@ -95,9 +119,27 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
 
 
+class FunctionCallDelta(Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class AssistantCallDelta(Struct, kw_only=True):
+    """`id`, `type` and the function's name come first, then its arguments as they grow."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionCallDelta
+
+
 class ChatDelta(Struct, kw_only=True):
-    role: Literal["assistant"] = "assistant"
-    content: str
+    """`role` comes with the first one only."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AssistantCallDelta] | UnsetType = UNSET
 
 
 class ChatCompletionChoice(Struct, kw_only=True):
@@ -182,8 +224,6 @@ def parameters_of(services: Services, body: ChatBody) -> Parameters:
 
 def refuse_unknown_wishes(body: ChatBody) -> None:
     """What cannot be honoured is refused, not ignored."""
-    if body.tools and body.tool_choice != "none":
-        raise Unsupported("`tools` are not supported yet; leave them out or set `tool_choice` to `none`")
     if body.modalities and body.modalities != ["text"]:
         raise Unsupported('`modalities` other than ["text"] are not supported')
     if body.function_call not in (None, "none"):
@@ -202,11 +242,12 @@ async def answer(services: Services, request: Request, body: ChatBody) -> Respon
     if body.stream:
         return EventStream(_events(services, body, call), OPENAI, call.headers, tail=DONE, failed=call.failed)
     try:
-        prompt, answers = await unless_gone(request.receive, answers_of(services, body))
+        prepared, answers = await unless_gone(request.receive, answers_of(services, body))
     except Exception as error:
         call.failed(error)
         raise
-    call.account(answers, len(prompt))
+    call.account(answers, len(prepared.prompt))
+    readers = [prepared.read(answer) for answer in answers]
     with_logprobs = wants_logprobs(body)
     completion = ChatCompletion(
         id=new_id("chatcmpl-"),
@@ -216,22 +257,45 @@ async def answer(services: Services, request: Request, body: ChatBody) -> Respon
         choices=[
             ChatChoice(
                 index=index,
-                message=AssistantMessage(content=each.generation.text),
-                logprobs=_logprobs(services.tokenizer, each.pieces) if with_logprobs else None,
-                finish_reason=REASONS[each.generation.reason or "length"],
+                message=_message(reader, body),
+                logprobs=_logprobs(services.tokenizer, answer.pieces) if with_logprobs else None,
+                finish_reason=reason_of(answer.generation, reader),
             )
-            for index, each in enumerate(answers)
+            for index, (answer, reader) in enumerate(zip(answers, readers, strict=True))
         ],
-        usage=usage_of(answers),
+        usage=usage_of(answers, readers),
     )
     return Response(msgspec.json.encode(completion), headers=call.headers, media_type="application/json")
 
 
-async def _prepare(services: Services, body: ChatBody) -> tuple[str, list[Valid]]:
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A chat that is ready to be generated: the prompt, a request for each choice, and how answers are read."""
+
+    prompt: str
+    valids: list[Valid]
+    reading: Reading
+
+    def read(self, answer: Answer) -> Reader:
+        """A whole answer, taken apart."""
+        reader = Reader(self.reading)
+        if self.reading.plain:
+            reader.words.append(answer.generation.text)
+        else:
+            reader.read(answer.pieces)
+            reader.finish(answer.generation.rest)
+        return reader
+
+
+async def prepare(services: Services, body: ChatBody) -> Prepared:
+    """Raises what is wrong with `body`."""
     refuse_unknown_wishes(body)
+    offer = offer_of(body)
     parameters = parameters_of(services, body)
     validate.check(parameters, services.limits)
-    prompt = await prompt_of(services, body)
+    prompt = await prompt_of(services, body, offer)
+    reading = reading_of(services, body, offer, prompt)
+    parameters = replace(parameters, grammar=grammar_of(services, offer, reading, parameters.grammar))
     valid = await validate.validate(
         prompt,
         parameters,
@@ -239,82 +303,145 @@ async def _prepare(services: Services, body: ChatBody) -> tuple[str, list[Valid]
         services.tokenizer,
         add_special_tokens=bool(body.add_special_tokens),
     )
-    return prompt, validate.copies(valid, body.n or 1, seeds_follow=True)
+    return Prepared(prompt, validate.copies(valid, body.n or 1, seeds_follow=True), reading)
 
 
-async def answers_of(services: Services, body: ChatBody) -> tuple[str, list[Answer]]:
+async def answers_of(services: Services, body: ChatBody) -> tuple[Prepared, list[Answer]]:
     with services.permits.hold(choices_of(services, body)):
-        prompt, valids = await _prepare(services, body)
-        return prompt, await collect_all(services, valids, keep_stop=False)
+        prepared = await prepare(services, body)
+        visible = prepared.reading.visible
+        return prepared, await collect_all(services, prepared.valids, keep_stop=False, visible=visible)
+
+
+def _message(reader: Reader, body: ChatBody) -> AssistantMessage:
+    words, thoughts = "".join(reader.words), "".join(reader.thoughts)
+    return AssistantMessage(
+        content=None if reader.calls and not words else words,
+        reasoning_content=thoughts if thoughts and body.include_reasoning is not False else UNSET,
+        tool_calls=[
+            AssistantCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in reader.calls
+        ]
+        or UNSET,
+    )
+
+
+def reason_of(generation: Generation, reader: Reader) -> OpenAIReason:
+    """Why the answer ended. One that was cut short tells so, even in the middle of a call."""
+    reason = REASONS[generation.reason or "length"]
+    return "tool_calls" if reader.calls and reason == "stop" else reason
 
 
 async def _events(services: Services, body: ChatBody, call: Call) -> AsyncGenerator[bytes, None]:
     with services.permits.hold(choices_of(services, body)):
-        prompt, valids = await _prepare(services, body)
-        call.stream_headers(len(prompt))
+        prepared = await prepare(services, body)
+        call.stream_headers(len(prepared.prompt))
         opening = (
             f'data: {{"object":"chat.completion.chunk","id":{quoted(new_id("chatcmpl-"))},"created":{int(time.time())},'
             f'"model":{quoted(answered_model(services, body))},"system_fingerprint":{quoted(FINGERPRINT)},"choices":['
         )
-        totals: list[tuple[int, int | None]] = []
+        totals: list[Totals] = []
         streams = [
-            _choice_events(services, body, call, valid, f'{opening}{{"index":{index},', totals)
-            for index, valid in enumerate(valids)
+            _Choice(services, body, call, prepared, valid, f'{opening}{{"index":{index},"delta":{{', totals).events()
+            for index, valid in enumerate(prepared.valids)
         ]
-        if len(streams) == 1:
-            async for chunk in streams[0]:
-                yield chunk
-        else:
-            async for chunk in interleave(streams):
-                yield chunk
+        async for chunk in streams[0] if len(streams) == 1 else interleave(streams):
+            yield chunk
         if body.stream_options is not None and body.stream_options.include_usage:
-            usage = usage_from(len(valids[0].request.input_ids), totals)
+            usage = usage_from(len(prepared.valids[0].request.input_ids), totals)
             yield f'{opening}],"usage":{msgspec.json.encode(usage).decode()}}}\n\n'.encode()
 
 
-async def _choice_events(
-    services: Services,
-    body: ChatBody,
-    call: Call,
-    valid: Valid,
-    opening: str,
-    totals: list[tuple[int, int | None]],
-) -> AsyncGenerator[bytes, None]:
-    """One choice, each event being `opening`, its delta and an ending. Appends its token counts to `totals`."""
-    with_logprobs = wants_logprobs(body)
-    opening += '"delta":{"role":"assistant","content":'
-    ending = '},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
-    async with services.open(valid, keep_stop=False) as generation:
-        async for pieces in generation:
-            last = generation.reason is not None
-            if last:
-                refuse_cancelled(generation)
-            elif not with_logprobs:
-                # Written by hand: one turn per streamed token.
-                parts = [f"{opening}{quoted('' if piece.special else piece.text)}{ending}" for piece in pieces]
-                yield "".join(parts).encode()
-                continue
-            parts = []
-            for place, piece in enumerate(pieces):
-                reason = "null"
-                text = "" if piece.special else piece.text
-                if last and place == len(pieces) - 1:
-                    text += generation.rest
-                    reason = quoted(REASONS[generation.reason or "length"])
-                logprobs = _logprobs(services.tokenizer, [piece]) if with_logprobs else None
-                parts.append(
-                    f'{opening}{quoted(text)}}},"logprobs":{msgspec.json.encode(logprobs).decode()},'
-                    f'"finish_reason":{reason}}}],"usage":null}}\n\n'
+_UNFINISHED_OF = '}},"logprobs":{},"finish_reason":null}}],"usage":null}}\n\n'
+_UNFINISHED = _UNFINISHED_OF.format("null")
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One streamed choice: an event is `opening`, what is new in the answer, and an ending."""
+
+    services: Services
+    body: ChatBody
+    call: Call
+    prepared: Prepared
+    valid: Valid
+    opening: str
+    totals: list[Totals]
+    """Of this and the other choices that have ended."""
+    role: str = '"role":"assistant"'
+    """Told once: clients put the deltas' texts together."""
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        reading = self.prepared.reading
+        reader = Reader(reading)
+        with_logprobs = wants_logprobs(self.body)
+        opening = f'{self.opening}"content":'
+        async with self.services.open(self.valid, keep_stop=False, visible=reading.visible) as generation:
+            async for pieces in generation:
+                if generation.reason is not None:
+                    refuse_cancelled(generation)
+                    yield self._last(generation, reader, pieces).encode()
+                elif reading.plain and not with_logprobs and not self.role:
+                    # Written by hand: one turn per streamed token.
+                    parts = [f"{opening}{quoted('' if piece.special else piece.text)}{_UNFINISHED}" for piece in pieces]
+                    yield "".join(parts).encode()
+                else:
+                    chunk = "".join(self._event(reader, piece) for piece in pieces)
+                    if chunk:
+                        yield chunk.encode()
+
+    def _event(self, reader: Reader, piece: Piece) -> str:
+        """A token's events: of what it adds to the answer, and of its log-probability."""
+        deltas = self._deltas(reader.push(piece))
+        if wants_logprobs(self.body):
+            return self._with_last(deltas or [self._empty], _UNFINISHED_OF.format(self._told([piece])))
+        if not deltas and reader.reading.plain:
+            deltas = [self._empty]
+        return "".join(map(self._whole, deltas))
+
+    def _last(self, generation: Generation, reader: Reader, pieces: Sequence[Piece]) -> str:
+        """The last tokens' events; the very last one has the reason."""
+        events = "".join(self._event(reader, piece) for piece in pieces[:-1])
+        deltas = [delta for piece in pieces[-1:] for delta in self._deltas(reader.push(piece))]
+        deltas += self._deltas(reader.finish(generation.rest))
+        self.call.succeeded(generation, self.valid.seed)
+        self.totals.append(totals_of(generation, reader))
+        told = self._told(pieces[-1:]) if wants_logprobs(self.body) and pieces else "null"
+        ending = f'}},"logprobs":{told},"finish_reason":{quoted(reason_of(generation, reader))}}}],"usage":null}}\n\n'
+        return events + self._with_last(deltas or [self._empty], ending)
+
+    def _with_last(self, deltas: Sequence[str], ending: str) -> str:
+        """Events of which the last one has an ending of its own."""
+        return "".join(map(self._whole, deltas[:-1])) + self._whole(deltas[-1], ending)
+
+    def _whole(self, delta: str, ending: str = _UNFINISHED) -> str:
+        role, self.role = self.role, ""
+        return f"{self.opening}{role}{',' if role and delta else ''}{delta}{ending}"
+
+    @property
+    def _empty(self) -> str:
+        """The delta of a token that shows nothing."""
+        return '"content":""' if self.prepared.reading.plain else ""
+
+    def _told(self, pieces: Sequence[Piece]) -> str:
+        return msgspec.json.encode(_logprobs(self.services.tokenizer, pieces)).decode()
+
+    def _deltas(self, parts: Sequence[Part]) -> list[str]:
+        """The inside of each delta."""
+        return [delta for part in parts if (delta := self._delta(part))]
+
+    def _delta(self, part: Part) -> str:
+        match part:
+            case Text(text):
+                return f'"content":{quoted(text)}'
+            case Thought(text):
+                return "" if self.body.include_reasoning is False else f'"reasoning_content":{quoted(text)}'
+            case CallOpened(index, call_id, name):
+                return (
+                    f'"tool_calls":[{{"index":{index},"id":{quoted(call_id)},"type":"function",'
+                    f'"function":{{"name":{quoted(name)},"arguments":""}}}}]'
                 )
-            if last:
-                if not pieces:
-                    reason = quoted(REASONS[generation.reason or "length"])
-                    parts.append(
-                        f'{opening}{quoted(generation.rest)}}},"logprobs":null,"finish_reason":{reason}}}],"usage":null}}\n\n'
-                    )
-                call.succeeded(generation, valid.seed)
-                totals.append((generation.generated_tokens, cached_tokens(generation)))
-            yield "".join(parts).encode()
+            case CallGrown(index, text):
+                return f'"tool_calls":[{{"index":{index},"function":{{"arguments":{quoted(text)}}}}}]'
 
 
 def _logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Logprobs:
@@ -339,20 +466,38 @@ def cached_tokens(generation: Generation) -> int | None:
     return None if generation.finished is None else generation.finished.usage.cached_tokens
 
 
-def usage_from(prompt_tokens: int, totals: Sequence[tuple[int, int | None]]) -> Usage:
-    """Of one prompt and its choices, each given by its generated and its cached tokens."""
-    completion = sum(generated for generated, _ in totals)
-    cached = [count for _, count in totals if count is not None]
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Token counts of one choice."""
+
+    generated: int
+    cached: int | None
+    thinking: int = 0
+
+
+def totals_of(generation: Generation, reader: Reader | None = None) -> Totals:
+    thinking = 0 if reader is None else reader.thinking_tokens
+    return Totals(generation.generated_tokens, cached_tokens(generation), thinking)
+
+
+def usage_from(prompt_tokens: int, totals: Sequence[Totals]) -> Usage:
+    """Of one prompt and its choices."""
+    completion = sum(each.generated for each in totals)
+    thinking = sum(each.thinking for each in totals)
+    cached = [each.cached for each in totals if each.cached is not None]
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion,
         total_tokens=prompt_tokens + completion,
         prompt_tokens_details=PromptTokensDetails(min(cached)) if cached else UNSET,
+        completion_tokens_details=CompletionTokensDetails(thinking) if thinking else UNSET,
     )
 
 
-def usage_of(answers: Sequence[Answer]) -> Usage:
-    totals = [(each.generation.generated_tokens, cached_tokens(each.generation)) for each in answers]
+def usage_of(answers: Sequence[Answer], readers: Sequence[Reader] = ()) -> Usage:
+    totals = [
+        totals_of(answer.generation, reader) for answer, reader in zip_longest(answers, readers) if answer is not None
+    ]
     return usage_from(len(answers[0].valid.request.input_ids), totals)
 
 
@@ -362,7 +507,7 @@ async def chat_tokenize(services: Services, request: Request, raw: bytes) -> Res
     refuse_unknown_wishes(body)
 
     async def work() -> ChatTokenizeResponse:
-        prompt = await prompt_of(services, body)
+        prompt = await prompt_of(services, body, offer_of(body))
         tokens = await simple_tokens(services.tokenizer, prompt, False)
         return ChatTokenizeResponse(tokenize_response=tokens, templated_text=prompt)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +14,9 @@ from msgspec import UNSET
 
 from tgi_gateway.api.bodies import ChatBody, Message, Part, RefusalPart, TextPart, ToolCall
 from tgi_gateway.api.serving import Services
+from tgi_gateway.api.tool_choice import Offer
 from tgi_gateway.errors import TemplateError, Unsupported, ValidationError
+from tgi_gateway.prompt import tool_prompt
 from tgi_gateway.prompt.chat_template import ChatTemplate
 
 INLINE_MESSAGES = 16
@@ -53,9 +57,26 @@ def template_message(message: Message) -> dict[str, Any]:
         shown["name"] = message.name
     if message.tool_call_id is not None:
         shown["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        shown["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         shown["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+        if message.reasoning_content and not shown["content"]:
+            shown["thinking"] = message.reasoning_content  # gpt-oss's name for it, beside calls
     return shown
+
+
+class _Arguments(dict[str, Any]):
+    """A call's arguments: an object to most templates, a text to those that put texts together."""
+
+    def __add__(self, other: str) -> str:
+        return f"{self}{other}"
+
+    def __radd__(self, other: str) -> str:
+        return f"{other}{self}"
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
 
 
 def _template_call(call: ToolCall) -> dict[str, Any]:
@@ -65,23 +86,42 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
         # A model may once have written something that is no JSON: the template then shows it as it is.
         with suppress(msgspec.DecodeError, RecursionError):
             arguments = msgspec.json.decode(arguments)
+    if isinstance(arguments, dict):
+        arguments = _Arguments(arguments)
     return {"id": call.id, "type": call.type, "function": {"name": function.name, "arguments": arguments}}
 
 
 def template_arguments(template: ChatTemplate, body: ChatBody) -> dict[str, Any]:
     """The client's variables for the template, of those that it reads. Raises `Unsupported` for others."""
     given = body.chat_template_kwargs or {}
-    known = template.arguments()
+    known = template.arguments(with_tools=bool(body.tools))
     for name in given:
         if name not in known and name not in HARMLESS_ARGUMENTS:
             allowed = ", ".join(f"`{each}`" for each in sorted(known)) or "none"
             raise Unsupported(
                 f"`chat_template_kwargs.{name}` is not read by this model's template; it reads: {allowed}"
             )
-    return {name: value for name, value in given.items() if name in known}
+    effort: dict[str, Any] = {}
+    if body.reasoning_effort is not None:
+        effort = {"reasoning_effort": body.reasoning_effort}
+        if body.reasoning_effort == "none":
+            effort |= {"enable_thinking": False, "thinking": False}
+    return {name: value for name, value in (effort | given).items() if name in known}
 
 
-async def prompt_of(services: Services, body: ChatBody) -> str:
+def _told(
+    template: ChatTemplate, messages: list[dict[str, Any]], offer: Offer, instruction: str | None
+) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
+    """The messages, and the tools as the template takes them. Where it takes none, they are told in words."""
+    if not offer.tools:
+        return messages, None
+    if "tools" not in template.variables(with_tools=True):
+        return tool_prompt.in_words(messages, offer.tools, instruction), None
+    told = tool_prompt.appended(messages, f"\n---\n{instruction}") if instruction else messages
+    return told, [tool.shown() for tool in offer.tools]
+
+
+async def prompt_of(services: Services, body: ChatBody, offer: Offer) -> str:
     """Render the messages, off the event loop. A last message of the assistant is continued. Raises `TemplateError`."""
     template = services.chat_template
     if template is None:
@@ -89,13 +129,14 @@ async def prompt_of(services: Services, body: ChatBody) -> str:
     if not body.messages:
         raise ValidationError("`messages` cannot be empty")
     messages = [template_message(message) for message in body.messages]
-    last, wanted = messages[-1], body.continue_final_message
+    told, shown = _told(template, messages, offer, body.tool_prompt)
+    last, wanted = told[-1], body.continue_final_message
     if wanted and body.add_generation_prompt:
         raise ValidationError("`continue_final_message` and `add_generation_prompt` exclude each other")
     if wanted and not last["content"]:
         raise ValidationError("`continue_final_message` needs a last message with text")
     arguments = template_arguments(template, body)
-    prompt = await _render(services, template, messages, body.add_generation_prompt is not False, arguments)
+    prompt = await _render(services, template, told, shown, body.add_generation_prompt is not False, arguments)
     if wanted or (
         wanted is None
         and body.add_generation_prompt is None
@@ -115,15 +156,16 @@ async def prompt_of(services: Services, body: ChatBody) -> str:
 async def _render(
     services: Services,
     template: ChatTemplate,
-    messages: list[dict[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
-    arguments: dict[str, Any],
+    arguments: Mapping[str, Any],
 ) -> str:
     short = len(messages) <= INLINE_MESSAGES and sum(len(each["content"]) for each in messages) <= INLINE_CHARACTERS
     if not short or services.slow_template:
-        return await asyncio.to_thread(template.render, messages, None, add_generation_prompt, arguments)
+        return await asyncio.to_thread(template.render, messages, tools, add_generation_prompt, arguments)
     began = time.perf_counter()
     try:
-        return template.render(messages, None, add_generation_prompt, arguments)
+        return template.render(messages, tools, add_generation_prompt, arguments)
     finally:
         services.slow_template = time.perf_counter() - began > SLOW_TEMPLATE_S

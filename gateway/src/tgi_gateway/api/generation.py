@@ -79,6 +79,7 @@ class Generation:
         "_pieces",
         "_special",
         "_stops",
+        "_visible",
         "_waiter",
         "ended_at",
         "finished",
@@ -102,6 +103,7 @@ class Generation:
         special: Mapping[int, str],
         close: Callable[[int], None],
         ending_ids: frozenset[int] = frozenset(),
+        visible: frozenset[int] = frozenset(),
     ) -> None:
         self.request = request
         self.text_parts: list[str] = []
@@ -126,6 +128,7 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._failure: GatewayError | None = None
         self._ending_ids = ending_ids
+        self._visible = visible
         self._max_new_tokens = request.stop.max_new_tokens
         self._held = False
         """The newest piece may be the last, so it waits."""
@@ -193,10 +196,13 @@ class Generation:
         self.generated_tokens += 1
         self._held = token_id in self._ending_ids or self.generated_tokens >= self._max_new_tokens
         special = self._special.get(token_id)
-        if special is not None:
+        if special is None:
+            text = self._decoder.push(token_id)
+        elif token_id in self._visible:
+            text = self._decoder.flush() + special
+        else:
             self._pieces.append(Piece(token_id, special, logprob, True, top))
             return
-        text = self._decoder.push(token_id)
         stopped = False
         if self._stops is not None and text:
             text, stopped = self._stops.push(text)
@@ -296,13 +302,14 @@ class Generations:
         stops: StopMatcher | None,
         special: Mapping[int, str],
         ending_ids: frozenset[int] = frozenset(),
+        visible: frozenset[int] = frozenset(),
     ) -> Generation:
         """Submit `request` (its id from `next_id`). Raises `Unsupported` for what the engine lacks.
 
-        `ending_ids` are tokens that end a generation in the engine.
+        `ending_ids` are tokens that end a generation in the engine; `visible` are special tokens that are text.
         """
         refuse_unsupported(request, self._backend.capabilities)
-        generation = Generation(self._backend, request, decoder, stops, special, self._forget, ending_ids)
+        generation = Generation(self._backend, request, decoder, stops, special, self._forget, ending_ids, visible)
         self._open[request.request_id] = generation
         self._backend.submit(request)
         return generation

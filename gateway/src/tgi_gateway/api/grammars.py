@@ -102,7 +102,7 @@ def _schema(kind: GrammarKind, value: object) -> Grammar:
             raise ValidationError(f"grammar is not valid: {error}") from None
     if not isinstance(value, dict):
         raise ValidationError("grammar is not supported")
-    if _depth(value) > MAX_SCHEMA_DEPTH:
+    if depth(value) > MAX_SCHEMA_DEPTH:
         raise ValidationError(f"grammar is not valid: its parts are nested more than {MAX_SCHEMA_DEPTH} deep")
     return _bounded(Grammar(kind, _json(value)))
 
@@ -112,11 +112,11 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _depth(value: object) -> int:
+def depth(value: object) -> int:
     """Nesting of objects and lists, counted no further than what is too deep."""
-    depth = 0
+    levels = 0
     level: Sequence[object] = [value]
-    while depth <= MAX_SCHEMA_DEPTH:
+    while levels <= MAX_SCHEMA_DEPTH:
         inner: list[object] = []
         nested = False
         for each in level:
@@ -128,9 +128,9 @@ def _depth(value: object) -> int:
                 inner.extend(each)
         if not nested:
             break
-        depth += 1
+        levels += 1
         level = inner
-    return depth
+    return levels
 
 
 def _bounded(grammar: Grammar) -> Grammar:

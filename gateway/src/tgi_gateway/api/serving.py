@@ -19,9 +19,11 @@ from tgi_gateway.api.errors import INTERNAL, ClientGone, failure_label
 from tgi_gateway.api.generation import Generation, Generations, Piece
 from tgi_gateway.backend import Backend, ModelInfo
 from tgi_gateway.errors import Cancelled, GatewayError, Overloaded
-from tgi_gateway.prompt import stops, validate
+from tgi_gateway.prompt import stops, tools, validate
 from tgi_gateway.prompt.chat_template import ChatTemplate
+from tgi_gateway.prompt.reasoning import Marks
 from tgi_gateway.prompt.tokenizer import Tokenizer
+from tgi_gateway.prompt.tools import Family
 from tgi_gateway.prompt.validate import Limits, Valid
 from tgi_gateway.settings import Settings
 from tgi_gateway.telemetry import logs
@@ -75,16 +77,24 @@ class Services:
     compute_type: str = field(init=False)
     eos_token_ids: frozenset[int] = field(init=False)
     slow_template: bool = field(init=False, default=False)
+    family: Family = field(init=False)
+    """How the model calls tools."""
+    reasoning: Marks | None = field(init=False)
+    """How it writes its thoughts, unless its family has a way of its own."""
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.settings, self.info)
         self.permits = Permits(self.settings.max_concurrent_requests)
         self.adapters = frozenset(adapter.partition("=")[0] for adapter in self.settings.lora_adapters)
         self.eos_token_ids = frozenset(self.info.eos_token_ids)
+        template = "" if self.chat_template is None else self.chat_template.source(with_tools=True)
+        self.family, self.reasoning = tools.recognised(
+            template, self.settings.tool_call_parser, self.settings.reasoning_parser
+        )
         self.compute_type = f"{self.settings.num_shard or 1}-{self.info.device or 'unknown'}"
 
-    def open(self, valid: Valid, *, keep_stop: bool) -> Generation:
-        """Submit it. Raises `Unsupported` for what the engine lacks."""
+    def open(self, valid: Valid, *, keep_stop: bool, visible: frozenset[int] = frozenset()) -> Generation:
+        """Submit it; `visible` special tokens are text. Raises `Unsupported` for what the engine lacks."""
         calling = caller.current()
         salt = valid.request.cache_salt
         if calling.tenant and not self.settings.share_prefixes_across_keys:
@@ -101,7 +111,7 @@ class Services:
         ending_ids = frozenset(request.stop.stop_token_ids)
         if not request.stop.ignore_eos:
             ending_ids |= self.eos_token_ids
-        return self.generations.open(request, decoder, matcher, self.tokenizer.special_texts, ending_ids)
+        return self.generations.open(request, decoder, matcher, self.tokenizer.special_texts, ending_ids, visible)
 
 
 @dataclass(slots=True)
@@ -117,10 +127,12 @@ class Answer:
         return validate.mean_logprob([piece.logprob for piece in self.pieces])
 
 
-async def collect(services: Services, valid: Valid, *, keep_stop: bool) -> Answer:
+async def collect(
+    services: Services, valid: Valid, *, keep_stop: bool, visible: frozenset[int] = frozenset()
+) -> Answer:
     """Generate to the end."""
     pieces: list[Piece] = []
-    async with services.open(valid, keep_stop=keep_stop) as generation:
+    async with services.open(valid, keep_stop=keep_stop, visible=visible) as generation:
         async for batch in generation:
             pieces += batch
     refuse_cancelled(generation)
@@ -140,9 +152,11 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def collect_all(services: Services, valids: Sequence[Valid], *, keep_stop: bool) -> list[Answer]:
+async def collect_all(
+    services: Services, valids: Sequence[Valid], *, keep_stop: bool, visible: frozenset[int] = frozenset()
+) -> list[Answer]:
     """Generate side by side; the first failure ends all."""
-    return await together([collect(services, valid, keep_stop=keep_stop) for valid in valids])
+    return await together([collect(services, valid, keep_stop=keep_stop, visible=visible) for valid in valids])
 
 
 def refuse_cancelled(generation: Generation) -> None:

@@ -20,14 +20,24 @@ _COMPOUNDS = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not", "if", "pattern
 
 
 def required(
-    form: Form, tools: Sequence[Tool], added: Mapping[str, int], *, parallel: bool, thinks: Marks | None, opened: bool
+    form: Form,
+    tools: Sequence[Tool],
+    added: Mapping[str, int],
+    *,
+    parallel: bool,
+    thinks: Marks | None,
+    opened: bool,
+    otherwise: str | None = None,
 ) -> Grammar:
-    """The answer is calls and nothing else, after a thought where the model has them.
+    """The answer is calls and nothing else, or JSON of the schema `otherwise`; a thought may come before.
 
     `added`: ids of the tokenizer's added tokens by their text. `opened`: the prompt ends inside a thought.
     """
     writer = _Writer(added)
-    start = writer.calls(form, tools, parallel=parallel, lenient=False)
+    choices = [writer.calls(form, tools, parallel=parallel, lenient=False)] if tools else []
+    if otherwise is not None:
+        choices.append(f"%json {_json(json.loads(otherwise), lenient=False)}")
+    start = f"({' | '.join(choices)})"
     if thinks is not None:
         begin = "" if opened else writer.literal(thinks.begin)
         thought = f"{begin} {writer.until(thinks.end)} SPACE"
@@ -128,9 +138,13 @@ def _ranges(ids: Sequence[int]) -> str:
 
 def _schema(tool: Tool, lenient: bool) -> str:
     schema: dict[str, Any] = {"type": "object", **tool.parameters}
-    if not _COMPOUNDS & schema.keys():
+    if "properties" in schema and not _COMPOUNDS & schema.keys():
         # The tool would hardly understand arguments that it does not describe.
         schema.setdefault("additionalProperties", False)
+    return _json(schema, lenient=lenient and not tool.strict)
+
+
+def _json(schema: Mapping[str, Any], *, lenient: bool) -> str:
     # At most one space between parts: models without an opinion otherwise fill their budget with white space.
-    schema["x-guidance"] = {"whitespace_pattern": "[ ]?", "lenient": lenient and not tool.strict}
-    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    guidance = {"whitespace_pattern": "[ ]?", "lenient": lenient}
+    return json.dumps({**schema, "x-guidance": guidance}, ensure_ascii=False, separators=(",", ":"))

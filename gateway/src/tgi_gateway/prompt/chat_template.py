@@ -57,6 +57,7 @@ class ChatTemplate:
         self._reserved = RESERVED | self._special_tokens.keys()
         self._compiled: dict[str, jinja2.Template | TemplateError] = {}
         self._variables: dict[str, frozenset[str]] = {}
+        self._sources = dict(sources)
         for name, source in sources.items():
             self._compile(name, source)
 
@@ -96,6 +97,13 @@ class ChatTemplate:
     def arguments(self, *, with_tools: bool = False) -> frozenset[str]:
         """Names that the template reads and a client may set."""
         return self.variables(with_tools=with_tools) - self._reserved - self._environment.globals.keys()
+
+    def source(self, *, with_tools: bool = False) -> str:
+        """The template's own text; empty where the model's templates leave none to choose."""
+        try:
+            return self._sources[self._choose(with_tools)]
+        except TemplateError:
+            return ""
 
     def render(
         self,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tgi_gateway.prompt import calls
 from tgi_gateway.prompt.answer import AnswerParser, CoroutineParser, Scanner, Steps
 from tgi_gateway.prompt.calls import CallsParser
-from tgi_gateway.prompt.reasoning import Marks, thoughts
+from tgi_gateway.prompt.reasoning import REASONING, Marks, marks_of, thoughts
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +189,16 @@ _SIGNS: Sequence[tuple[str, tuple[str, ...]]] = (
 def family_of(template: str) -> str:
     """The family of a model, by its chat template."""
     return next((name for name, signs in _SIGNS if all(sign in template for sign in signs)), "json")
+
+
+def recognised(template: str, calls: str = "auto", reasoning: str = "auto") -> tuple[Family, Marks | None]:
+    """How a model calls tools and writes its thoughts, by its chat template or by the names that the operator gives."""
+    family = FAMILIES[family_of(template) if calls == "auto" else calls]
+    if reasoning == "none":
+        return replace(family, thinks=None), None
+    if reasoning == "auto":
+        return family, None if family.thinks is not None else marks_of(template)
+    return family, REASONING[reasoning]
 
 
 def parser(family: Family | None, tools: Sequence[Tool], marks: Marks | None, opened: bool) -> AnswerParser:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +38,16 @@ TEMPLATE = (
 )
 
 
-def write_byte_model(folder: Path) -> None:
-    """A model folder whose tokenizer makes one token of each byte, and whose chat template is `TEMPLATE`."""
+def write_byte_model(folder: Path, template: str = TEMPLATE, more_special: Sequence[str] = ()) -> None:
+    """A model folder whose tokenizer makes one token of each byte. `more_special` tokens come after those."""
     vocabulary = {"<s>": BOS, "</s>": EOS}
     vocabulary |= {char: FIRST_BYTE + at for at, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<s>", "</s>"])
+    inner.add_special_tokens(["<s>", "</s>", *more_special])
     inner.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
 
 
