@@ -128,6 +128,26 @@ async def test_beyond_max_concurrent_requests_a_request_is_overloaded_at_once(ho
     assert host.ending(10) is None
 
 
+async def test_one_tenant_has_no_more_open_than_a_key_may() -> None:
+    engine = ManualBackend(MODEL)
+    host = Host(engine, Dispatch(engine, max_concurrent_requests=20, max_concurrent_requests_per_key=5))
+    await host.dispatch.start(host.emit)
+    for request_id in range(1, 7):
+        host.dispatch.submit(replace(request(request_id), tenant="a"))
+    host.dispatch.submit(replace(request(7), tenant="b"))
+    await asyncio.sleep(0)
+    refused = host.ending(6)
+    assert isinstance(refused, Failed)
+    assert refused.error_type == "overloaded"
+    assert "This API key has 5 requests open" in refused.message
+    assert host.ending(5) is host.ending(7) is None  # one of a's waits, which counts as well
+    engine.finish(1)
+    host.dispatch.submit(replace(request(8), tenant="a"))
+    await asyncio.sleep(0)
+    assert host.ending(8) is None
+    await host.dispatch.stop(0.0)
+
+
 async def test_a_cancel_in_the_queue_ends_at_once_and_never_reaches_the_engine(host: Host) -> None:
     for request_id in range(1, 6):
         host.dispatch.submit(request(request_id))

@@ -162,6 +162,8 @@ requests = st.builds(
     prefill_logprobs=st.booleans(),
     adapter_id=st.none() | st.text(),
     cache_salt=st.text(),
+    name=st.text(),
+    tenant=st.text(),
     priority=st.integers(-(2**31), 2**31 - 1),
 )
 tops = st.lists(st.tuples(token_ids, numbers), max_size=3).map(tuple)
@@ -645,3 +647,28 @@ def test_an_echo_engine_behind_the_wire_answers_as_one_in_process(requests: int,
     path = folder / "engine.sock"
     assert asyncio.run(answers(True, path)) == asyncio.run(answers(False, path))
     folder.rmdir()
+
+
+async def test_a_name_cancels_its_tenants_requests_of_every_worker(
+    worker: Worker, engine: ManualBackend, socket_path: Path
+) -> None:
+    other = Worker(socket_path, index=1)
+    await other.backend.start(other.emit)
+    named = [
+        (worker, replace(request(1), tenant="t", name="n")),
+        (other, replace(request(WORKER_1 + 1), tenant="t", name="n")),
+        (other, replace(request(WORKER_1 + 2), tenant="u", name="n")),
+        (worker, replace(request(2), tenant="t", name="m")),
+    ]
+    for through, each in named:
+        through.backend.submit(each)
+        await in_engine(engine, each.request_id)
+    assert await worker.backend.cancel_named("t", "n") == 2
+    assert sorted(engine.cancelled) == [1, WORKER_1 + 1]
+    for through, each in named[:2]:
+        engine.finish(each.request_id, "cancelled")
+        await through.ended(each.request_id)
+    assert await other.backend.cancel_named("t", "n") == 0
+    await other.backend.stop(0.0)
+    with pytest.raises(Unhealthy):
+        await other.backend.cancel_named("t", "m")
