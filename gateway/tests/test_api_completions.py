@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,10 +122,49 @@ async def test_logprobs_zero_tells_no_alternatives(worker: Worker) -> None:
     assert len(choice["logprobs"]["token_logprobs"]) == 1
 
 
-@pytest.mark.parametrize("field", [{"best_of": 2}, {"echo": True, "logprobs": 1}])
-async def test_what_cannot_be_honoured_is_refused(worker: Worker, field: dict[str, Any]) -> None:
+async def test_best_of_returns_the_likeliest_in_order(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(max_best_of=8)
+    wanted = body(["abcdef", "xyz"], max_tokens=12, temperature=9.0, seed=3)
+    all_of_them = await worker.answer(COMPLETIONS, wanted | {"n": 8, "logprobs": 0})
+    best = await worker.answer(COMPLETIONS, wanted | {"n": 2, "best_of": 8})
+    expected: list[str] = []
+    for first in (0, 8):
+        group = all_of_them["choices"][first : first + 8]
+        ranked = sorted(group, key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+        expected += [choice["text"] for choice in ranked[:2]]
+    assert texts(best) == expected
+    assert [choice["index"] for choice in best["choices"]] == [0, 1, 2, 3]
+    assert best["choices"][0]["logprobs"] is None
+    assert best["usage"]["completion_tokens"] == 2 * 8 * 12
+    assert "`best_of` must be <= 8" in await worker.error(COMPLETIONS, wanted | {"best_of": 9})
+    assert "`best_of` must be >= `n`" in await worker.error(COMPLETIONS, wanted | {"n": 3, "best_of": 2})
+    assert "streaming" in await worker.error(COMPLETIONS, wanted | {"best_of": 2, "stream": True}, 400)
+
+
+async def test_echo_with_logprobs_scores_the_prompt(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(enable_prefill_logprobs=True)
+    (choice,) = (await worker.answer(COMPLETIONS, body("aba", max_tokens=2, echo=True, logprobs=0)))["choices"]
+    assert choice["text"] == "abaab"
+    told = choice["logprobs"]
+    assert told["tokens"] == list("abaab")
+    assert told["text_offset"] == [0, 1, 2, 3, 4]
+    assert told["token_logprobs"][0] is None
+    assert all(value < 0 for value in told["token_logprobs"][1:])
+    for refused in ({"logprobs": 1}, {"logprobs": 0, "stream": True}):
+        assert "is not supported" in await worker.error(COMPLETIONS, body(echo=True, **refused), 400)
+
+
+async def test_echo_with_logprobs_says_which_flag_it_needs(worker: Worker) -> None:
     for stream in (False, True):
-        assert "is not supported" in await worker.error(COMPLETIONS, body(stream=stream, **field))
+        refused = await worker.error(COMPLETIONS, body(stream=stream, echo=True, logprobs=0), 400)
+        assert "--enable-prefill-logprobs" in refused
+
+
+async def test_tokens_that_are_no_characters_are_told_as_bytes(worker: Worker) -> None:
+    (choice,) = (await worker.answer(COMPLETIONS, body("ä", max_tokens=2, logprobs=1)))["choices"]
+    assert choice["text"] == "ä"
+    assert choice["logprobs"]["tokens"] == ["bytes:\\xc3", "bytes:\\xa4"]
+    assert next(iter(choice["logprobs"]["top_logprobs"][0])) == "bytes:\\xc3"
 
 
 async def test_a_stream_ends_with_reason_usage_and_done(worker: Worker) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
@@ -27,6 +27,7 @@ from tgi_gateway.api.chat import (
 )
 from tgi_gateway.api.errors import OPENAI, SuffixUnsupported
 from tgi_gateway.api.generation import Generation, Piece
+from tgi_gateway.api.logprobs import CompletionLogprobs, completion_logprobs, joined, prompt_logprobs
 from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import (
     FINGERPRINT,
@@ -39,19 +40,10 @@ from tgi_gateway.api.serving import (
     refuse_cancelled,
 )
 from tgi_gateway.api.sse import DONE, EventStream, unless_gone
-from tgi_gateway.errors import Unsupported
+from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
-
-
-class CompletionLogprobs(Struct, kw_only=True):
-    """`text_offset` counts characters from the start of the choice's text."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
 
 
 class CompletionChoice(Struct, kw_only=True):
@@ -115,11 +107,31 @@ def prompt_count(body: CompletionBody) -> int:
 
 def parameters_of(services: Services, body: CompletionBody) -> Parameters:
     """Raises `Unsupported` for what cannot be honoured."""
-    if body.best_of not in (None, body.n or 1):
-        raise Unsupported("`best_of` other than `n` is not supported here; use /generate")
-    if body.echo and body.logprobs is not None:
-        raise Unsupported("`echo` with `logprobs` is not supported; use /generate with `decoder_input_details`")
-    return sampling_of(services, body, logprobs=body.logprobs is not None, top_logprobs=body.logprobs)
+    n, best_of = body.n or 1, body.best_of or body.n or 1
+    if best_of < n:
+        raise ValidationError(f"`best_of` must be >= `n`. Given: {best_of} and {n}")
+    if best_of > max(n, services.limits.max_best_of):
+        raise ValidationError(f"`best_of` must be <= {max(n, services.limits.max_best_of)}. Given: {best_of}")
+    if best_of > n and body.stream:
+        raise Unsupported("`best_of` above `n` is not supported when streaming tokens")
+    scores_prompt = bool(body.echo) and body.logprobs is not None
+    if scores_prompt:
+        _check_prompt_scores(services, body)
+    parameters = sampling_of(
+        services, body, logprobs=body.logprobs is not None or best_of > n, top_logprobs=body.logprobs
+    )
+    return replace(parameters, prefill=scores_prompt)
+
+
+def _check_prompt_scores(services: Services, body: CompletionBody) -> None:
+    if body.logprobs:
+        raise Unsupported("`echo` with `logprobs` above 0 is not supported: a prompt's alternatives are not told")
+    if not services.limits.prefill_logprobs:
+        raise Unsupported(
+            "`echo` with `logprobs` is not supported by this server; start it with --enable-prefill-logprobs"
+        )
+    if body.stream:
+        raise Unsupported("`echo` with `logprobs` is not supported when streaming tokens")
 
 
 async def completions(services: Services, request: Request, raw: bytes) -> Response:
@@ -131,7 +143,7 @@ async def answer(services: Services, request: Request, body: CompletionBody) -> 
     try:
         if body.suffix is not None:
             raise SuffixUnsupported
-        count = choices_of(services, body, prompt_count(body))
+        count = choices_of(services, body, prompt_count(body), body.best_of or 1)
         if body.stream:
             return EventStream(
                 _events(services, body, call, count), OPENAI, call.headers, tail=DONE, failed=call.failed
@@ -140,8 +152,10 @@ async def answer(services: Services, request: Request, body: CompletionBody) -> 
     except Exception as error:
         call.failed(error)
         raise
-    call.account(answers, sum(len(prompt.text) for prompt in prompts), elapsed=False)
-    repeats = body.n or 1
+    call.account(
+        [each for group in answers for each in group], sum(len(prompt.text) for prompt in prompts), elapsed=False
+    )
+    chosen = [(prompt, each) for prompt, group in zip(prompts, answers, strict=True) for each in _best(group, body)]
     completion = Completion(
         id=new_id("cmpl-"),
         created=int(time.time()),
@@ -150,15 +164,32 @@ async def answer(services: Services, request: Request, body: CompletionBody) -> 
         choices=[
             CompletionChoice(
                 index=index,
-                text=(prompts[index // repeats].text if body.echo else "") + each.generation.text,
-                logprobs=_logprobs(services.tokenizer, each.pieces, body.logprobs),
+                text=(prompt.text if body.echo else "") + each.generation.text,
+                logprobs=_logprobs(services.tokenizer, body, prompt, each),
                 finish_reason=REASONS[each.generation.reason or "length"],
             )
-            for index, each in enumerate(answers)
+            for index, (prompt, each) in enumerate(chosen)
         ],
-        usage=_sum([usage_of(answers[start : start + repeats]) for start in range(0, len(answers), repeats)]),
+        usage=_sum([usage_of(group) for group in answers]),
     )
     return Response(msgspec.json.encode(completion), headers=call.headers, media_type="application/json")
+
+
+def _best(answers: Sequence[Answer], body: CompletionBody) -> Sequence[Answer]:
+    """The `n` that are returned of `best_of`, best first."""
+    n = body.n or 1
+    return answers if len(answers) <= n else sorted(answers, key=lambda each: -each.mean_logprob)[:n]
+
+
+def _logprobs(tokenizer: Tokenizer, body: CompletionBody, prompt: Prompt, answer: Answer) -> CompletionLogprobs | None:
+    if body.logprobs is None:
+        return None
+    if not body.echo:
+        return completion_logprobs(tokenizer, answer.pieces, body.logprobs)
+    assert answer.generation.finished is not None
+    scores = answer.generation.finished.prefill_logprobs
+    of_prompt = prompt_logprobs(tokenizer, answer.valid.request.input_ids, scores)
+    return joined(of_prompt, completion_logprobs(tokenizer, answer.pieces, 0, len(prompt.text)))
 
 
 async def _prepare(services: Services, body: CompletionBody) -> tuple[list[Prompt], list[Valid]]:
@@ -173,14 +204,17 @@ async def _prepare(services: Services, body: CompletionBody) -> tuple[list[Promp
             services.tokenizer,
             add_special_tokens=body.add_special_tokens is not False,
         )
-        valids += validate.copies(valid, body.n or 1, seeds_follow=True)
+        valids += validate.copies(valid, body.best_of or body.n or 1, seeds_follow=True)
     return prompts, valids
 
 
-async def _answers(services: Services, body: CompletionBody, count: int) -> tuple[list[Prompt], list[Answer]]:
+async def _answers(services: Services, body: CompletionBody, count: int) -> tuple[list[Prompt], list[list[Answer]]]:
+    """The answers to each prompt."""
     with services.permits.hold(count):
         prompts, valids = await _prepare(services, body)
-        return prompts, await collect_all(services, valids, keep_stop=False)
+        answers = await collect_all(services, valids, keep_stop=False)
+    each = len(answers) // len(prompts)
+    return prompts, [answers[start : start + each] for start in range(0, len(answers), each)]
 
 
 async def _events(services: Services, body: CompletionBody, call: Call, count: int) -> AsyncGenerator[bytes, None]:
@@ -253,7 +287,9 @@ class _Choice:
     def _with_logprobs(
         self, tokenizer: Tokenizer, opening: str, piece: Piece, shown: int, rest: str = "", tail: str = ""
     ) -> str:
-        logprobs = msgspec.json.encode(_logprobs(tokenizer, [piece], self.body.logprobs, shown)).decode()
+        wanted = self.body.logprobs
+        told = None if wanted is None else completion_logprobs(tokenizer, [piece], wanted, shown)
+        logprobs = msgspec.json.encode(told).decode()
         text = ("" if piece.special else piece.text) + rest
         tail = tail or f'"finish_reason":null}}],{self.ending}{self._null_usage}}}\n\n'
         return f'{opening}{quoted(text)},"logprobs":{logprobs},{tail}'
@@ -299,25 +335,6 @@ def _sum(usages: Sequence[Usage]) -> Usage:
         completion_tokens=sum(usage.completion_tokens for usage in usages),
         total_tokens=sum(usage.total_tokens for usage in usages),
         prompt_tokens_details=PromptTokensDetails(sum(known)) if len(known) == len(usages) else UNSET,
-    )
-
-
-def _logprobs(
-    tokenizer: Tokenizer, pieces: Sequence[Piece], wanted: int | None, offset: int = 0
-) -> CompletionLogprobs | None:
-    if wanted is None:
-        return None
-    offsets = []
-    for piece in pieces:
-        offsets.append(offset)
-        offset += 0 if piece.special else len(piece.text)
-    return CompletionLogprobs(
-        tokens=[piece.text for piece in pieces],
-        token_logprobs=[piece.logprob for piece in pieces],
-        top_logprobs=[{tokenizer.token_text(token_id): value for token_id, value in piece.top} for piece in pieces]
-        if wanted
-        else None,
-        text_offset=offsets,
     )
 
 

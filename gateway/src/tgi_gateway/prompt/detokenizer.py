@@ -57,6 +57,13 @@ class Table:
         text = self.texts[token_id]
         return self.raw[token_id].decode(errors="replace") if text is None else text
 
+    def data(self, token_id: int) -> bytes:
+        """The token's bytes, which need not be whole characters."""
+        if not 0 <= token_id < len(self.texts):
+            return b""
+        text = self.texts[token_id]
+        return self.raw[token_id] if text is None else text.encode()
+
 
 def build_table(decoder: Json | None, vocabulary: Mapping[str, int], skipped: Mapping[int, str]) -> Table | None:
     """The table for a decoder as tokenizer.json describes it; None: it is no per-token function.

@@ -149,6 +149,12 @@ class Tokenizer:
             return special
         return self._table.text(token_id) if self._table is not None else self.decode([token_id])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's bytes, as far as it is known which of a character's it stands for."""
+        if self._table is None or token_id in self.special_texts:
+            return self.token_text(token_id).encode()
+        return self._table.data(token_id)
+
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry as tokenizer.json writes it."""
         token_id: int | None = self._inner.token_to_id(token)
