@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
 from tgi_backend_cuda.graphs import Recorder, graph_sizes
-from tgi_backend_cuda.ops import CudaOps
+from tgi_backend_cuda.ops import CudaAttentionPlan, CudaOps
+from tgi_backend_cuda.prefill import PromptAttention, prompt_attention
 from tgi_gateway.errors import StartError
 from tgi_model_server.device import (
     AttentionShape,
@@ -52,6 +54,7 @@ class CudaDevice:
         self._recorder = Recorder()
         self._limits: StepLimits | None = None
         self._fixed: dict[Bucket, FixedPlan] = {}
+        self._prompts: dict[AttentionShape, PromptAttention | None] = {}
 
     def _choose(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
@@ -95,7 +98,10 @@ class CudaDevice:
         self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
     ) -> TritonAttentionPlan:
         if bucket is None:
-            return triton_plan(plan, shape, layout, device=self.torch_device, cores=self._cores, tuning=self.tuning)
+            made = triton_plan(plan, shape, layout, device=self.torch_device, cores=self._cores, tuning=self.tuning)
+            prompts = None if plan.is_decode else self._prompt_attention(shape, layout)
+            planned = None if prompts is None else prompts.plan(plan)
+            return made if planned is None else CudaAttentionPlan(**_fields(made), prompts=planned)
         fixed = self._fixed.get(bucket)
         if fixed is None:
             assert self._limits is not None, "buckets() comes first"
@@ -110,6 +116,11 @@ class CudaDevice:
             )
         return fixed.update(plan)
 
+    def _prompt_attention(self, shape: AttentionShape, layout: KVLayout) -> PromptAttention | None:
+        if shape not in self._prompts:
+            self._prompts[shape] = prompt_attention(shape, layout, self.torch_device, self.pipeline_depth)
+        return self._prompts[shape]
+
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
         self._limits = limits
         return [Bucket(rows, rows) for rows in graph_sizes(limits.max_rows, limits.decode_sizes)]
@@ -122,3 +133,7 @@ class CudaDevice:
             return alone
         together = self._recorder.record(forward, replace(example, attention=fixed.together))
         return lambda step: (together if step.attention is fixed.together else alone)(step)
+
+
+def _fields(plan: TritonAttentionPlan) -> dict[str, Any]:
+    return {field.name: getattr(plan, field.name) for field in fields(plan)}

@@ -117,6 +117,21 @@ class TritonOps(ReferenceOps):
                 tuning=self.tuning,
                 shared=None if sliding_window else plan.shared,
             )
+        self.attend_prompts(q, k_pool, v_pool, out, plan, scale=scale, sliding_window=sliding_window)
+        return out
+
+    def attend_prompts(
+        self,
+        q: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        out: torch.Tensor,
+        plan: TritonAttentionPlan,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> None:
+        """The part of `attention` that concerns rows with several new tokens; pools in order NHD. Fills `out`."""
         if plan.tiles.shape[0]:
             prefill(
                 q,
@@ -132,7 +147,6 @@ class TritonOps(ReferenceOps):
                 window=sliding_window,
                 tuning=self.tuning,
             )
-        return out
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows, vocabulary] -> int64 [rows], the first of equals."""

@@ -1,0 +1,162 @@
+"""Attention of prompts through FlashInfer, where it is installed and its kernels are compiled already.
+
+FlashInfer (Ye et al. 2025) compiles for a shape at its first use, which takes a minute. No server waits for that: the
+first one compiles beside its work and uses Triton's kernels; later ones find FlashInfer's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from tgi_model_server.device import AttentionShape, KVLayout
+from tgi_model_server.plan import StepPlan
+
+log = logging.getLogger(__name__)
+
+_WORKSPACE_BYTES = 256 << 20
+_HEAD_DIMS = (64, 128, 256)
+_FEWEST_TOKENS = 64
+"""New tokens of rows that have several; for fewer, planning costs more than it saves."""
+_NO_JIT = "FLASHINFER_DISABLE_JIT"
+_BUILD = (
+    "import sys, torch; from flashinfer.prefill import get_batch_prefill_module as build; "
+    "dtype = getattr(torch, sys.argv[1]); head_dim = int(sys.argv[2]); "
+    "build(sys.argv[3], dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False, False)"
+)
+"""As `BatchPrefillWithPagedKVCacheWrapper.plan` builds it for `PromptAttention`."""
+
+
+class PromptAttention:
+    """Plans and runs the attention of a step's rows with several new tokens. For one shape of attention."""
+
+    def __init__(self, shape: AttentionShape, layout: KVLayout, device: torch.device, in_flight: int) -> None:
+        """`in_flight`: steps that may be planned before the oldest of them is done."""
+        from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as Wrapper
+
+        self._shape, self._layout, self._device = shape, layout, device
+        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        # A plan is copied from pinned memory in the order of the device's work: it must not be overwritten before.
+        self._wrappers: list[Any] = [
+            Wrapper(workspace, layout.order, backend=_kind(device)) for _ in range(in_flight + 1)
+        ]
+        self._next = 0
+
+    def plan(self, plan: StepPlan) -> PlannedPrompts | None:
+        """None where too few tokens would gain from it."""
+        rows = [row for row, query_len in enumerate(plan.query_lens) if query_len > 1]
+        if sum(plan.query_lens[row] for row in rows) < _FEWEST_TOKENS:
+            return None
+        # Queries lie in one piece; a row of one token between the others comes along.
+        part = slice(rows[0], rows[-1] + 1)
+        size = self._layout.page_size
+        used = [-(-kv_len // size) for kv_len in plan.kv_lens[part]]
+        pages = [page for own, count in zip(plan.pages[part], used, strict=True) for page in own[:count]]
+        wrapper = self._wrappers[self._next]
+        self._next = (self._next + 1) % len(self._wrappers)
+        shape = self._shape
+        wrapper.plan(
+            _ints([0, *accumulate(plan.query_lens[part])]),
+            _ints([0, *accumulate(used)]),
+            _ints(pages).pin_memory().to(self._device, non_blocking=True),
+            _ints([(kv_len - 1) % size + 1 for kv_len in plan.kv_lens[part]]),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            size,
+            causal=True,
+            sm_scale=shape.head_dim**-0.5,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.kv_dtype,
+        )
+        first = sum(plan.query_lens[: rows[0]])
+        tokens = slice(first, first + sum(plan.query_lens[part]))
+        return PlannedPrompts(wrapper, tokens, shape.head_dim**-0.5)
+
+
+class PlannedPrompts:
+    """One step's plan: `tokens` are the new tokens that it covers, `scale` what their scores are multiplied by."""
+
+    def __init__(self, wrapper: Any, tokens: slice, scale: float) -> None:
+        self._wrapper = wrapper
+        self.tokens = tokens
+        self.scale = scale
+
+    def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, out: torch.Tensor) -> None:
+        """q, out [T, heads, head_dim] of the whole step; pools as the layout has them."""
+        self._wrapper.run(q[self.tokens], (k_pool, v_pool), out=out[self.tokens])
+
+
+def prompt_attention(
+    shape: AttentionShape, layout: KVLayout, device: torch.device, in_flight: int
+) -> PromptAttention | None:
+    """FlashInfer's attention, if it is installed, can do this shape, and needs no compiler now."""
+    usual = shape.dtype in (torch.float16, torch.bfloat16) and shape.kv_dtype == shape.dtype
+    if not usual or shape.head_dim not in _HEAD_DIMS or find_spec("flashinfer") is None:
+        return None
+    try:
+        made = PromptAttention(shape, layout, device, in_flight)
+        probe = StepPlan(query_lens=[_FEWEST_TOKENS], kv_lens=[_FEWEST_TOKENS], pages=[[0] * _FEWEST_TOKENS])
+        with _without_compiling():
+            made.plan(probe)
+    except Exception as error:
+        if _compiler_needed(error):
+            _compile_beside(shape, device)
+        else:
+            log.warning("FlashInfer cannot be used, Triton's kernels stand in: %s: %s", type(error).__name__, error)
+        return None
+    log.info("prompts use FlashInfer's attention (%s)", _kind(device))
+    return made
+
+
+def _compiler_needed(error: Exception) -> bool:
+    return type(error).__name__ == "MissingJITCacheError"
+
+
+def _kind(device: torch.device) -> str:
+    """FlashAttention-3's way (Shah et al. 2024) needs Hopper's instructions."""
+    return "fa3" if torch.cuda.get_device_capability(device)[0] == 9 else "fa2"
+
+
+@contextmanager
+def _without_compiling() -> Iterator[None]:
+    before = os.environ.get(_NO_JIT)
+    os.environ[_NO_JIT] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_JIT]
+        else:
+            os.environ[_NO_JIT] = before
+
+
+def _compile_beside(shape: AttentionShape, device: torch.device) -> None:
+    if device.index:
+        return  # the first rank's compilation serves all
+    dtype = str(shape.dtype).removeprefix("torch.")
+    command = [sys.executable, "-c", _BUILD, dtype, str(shape.head_dim), _kind(device)]
+    log.info("FlashInfer's kernels are being compiled beside the server's work; its next start will use them")
+
+    def run() -> None:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            log.warning("FlashInfer's kernels could not be compiled: %s", done.stderr.strip()[-500:])
+        else:
+            log.info("FlashInfer's kernels are compiled")
+
+    threading.Thread(target=run, name="flashinfer-compile", daemon=True).start()
+
+
+def _ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
