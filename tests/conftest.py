@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from servers import Server, run_server
+
+from tgi_gateway.testing.worker import write_byte_model
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of bytes, for the echo engine."""
+    folder = tmp_path_factory.mktemp("byte-model")
+    write_byte_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,168 +1,18 @@
-"""The real command in real processes: start, serve, drain, die, and leave nothing behind."""
+"""The real command in real processes: start, serve, stop, and leave nothing behind."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
+from launched import PROMPT, WAIT_S, Gateway, launched, serving, stream
 from servers import free_port
-
-from tgi_gateway.testing.worker import write_byte_model
-
-WAIT_S = 60.0
-"""Far more than anything here takes; only a hanging process meets it."""
-PROMPT = "The quick brown fox. "
-
-
-@dataclass
-class Gateway:
-    """A `tgi-gateway` process with a folder for temporary files of its own."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    folder: Path
-    seen: set[int] = field(default_factory=set)
-    """Every child that was seen alive."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def wait_for(self, text: str) -> None:
-        """Until the log has `text`."""
-        deadline = time.monotonic() + WAIT_S
-        while text not in self.log:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log}"
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.log}"
-            time.sleep(0.02)
-
-    def children(self) -> dict[str, int]:
-        """Pids by what runs: engine_process, http_process or download_process."""
-        found: dict[str, int] = {}
-        for pid in _children(self.process.pid):
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                # Between fork and exec a child still shows its parent's command line, which names no module of ours.
-                for module in (part for part in command if part.startswith("tgi_gateway.")):
-                    found[module.rsplit(".", 1)[1]] = pid
-        self.seen |= set(found.values())
-        return found
-
-    def end(self) -> int:
-        """Its exit code."""
-        return self.process.wait(WAIT_S)
-
-    def left_behind(self) -> list[str]:
-        """Children that outlived it for more than a moment, and files in its temporary folder."""
-        deadline = time.monotonic() + 10
-        while (alive := [pid for pid in self.seen if _alive(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return [f"process {pid}" for pid in alive] + [str(path) for path in (self.folder / "tmp").iterdir()]
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
-    return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-@pytest.fixture(scope="module")
-def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("byte-model")
-    write_byte_model(folder)
-    return folder
-
-
-@contextlib.contextmanager
-def launched(*arguments: str, port: int | None = None, **variables: str) -> Iterator[Gateway]:
-    """Start the command; whatever the test does, nothing of it runs afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="e2e-"))
-    (folder / "tmp").mkdir()
-    port = port or free_port()
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(folder / "tmp"),
-        "HF_HOME": str(folder / "hf"),
-        **variables,
-    }
-    command = [sys.executable, "-m", "tgi_gateway", "--hostname", "127.0.0.1", "--port", str(port), *arguments]
-    with (folder / "log").open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    gateway = Gateway(process, port, folder)
-    try:
-        yield gateway
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        for pid in gateway.seen:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def serving(model: Path, *arguments: str, port: int | None = None, **variables: str) -> Iterator[Gateway]:
-    """An echo server that is ready."""
-    with launched("--backend", "echo", "--model-id", str(model), *arguments, port=port, **variables) as gateway:
-        gateway.wait_for("Ready at")
-        gateway.children()
-        yield gateway
-
-
-def stream(gateway: Gateway, tokens: int, first: threading.Barrier | None = None) -> list[dict[str, object]]:
-    """The events of one native stream; `first` is passed when the first is here."""
-    events = []
-    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": tokens}}
-    with httpx.stream("POST", f"{gateway.url}/generate_stream", json=body, timeout=WAIT_S) as response:
-        for line in response.iter_lines():
-            if line.startswith("data:"):
-                events.append(json.loads(line[5:]))
-                if first is not None and len(events) == 1:
-                    first.wait(WAIT_S)
-    return events
-
-
-def until_refused(gateway: Gateway) -> bool:
-    """Whether the port closes."""
-    deadline = time.monotonic() + 2
-    while time.monotonic() < deadline:
-        with socket.socket() as client:
-            if client.connect_ex(("127.0.0.1", gateway.port)) != 0:
-                return True
-        time.sleep(0.01)
-    return False
 
 
 def test_both_apis_answer_streamed_and_not(byte_model: Path) -> None:
@@ -185,66 +35,6 @@ def test_both_apis_answer_streamed_and_not(byte_model: Path) -> None:
         assert "tgi_generated_tokens 35.0" in metrics
         gateway.process.send_signal(signal.SIGINT)
         assert gateway.end() == 0
-        assert gateway.left_behind() == []
-
-
-def test_sigterm_lets_accepted_streams_finish_and_refuses_new_ones(byte_model: Path) -> None:
-    count, tokens = 8, 60
-    with serving(byte_model, "--echo-step-ms", "20") as gateway, ThreadPoolExecutor(count) as pool:
-        first = threading.Barrier(count + 1)
-        streams = [pool.submit(stream, gateway, tokens, first) for _ in range(count)]
-        first.wait(WAIT_S)
-        gateway.process.send_signal(signal.SIGTERM)
-        gateway.wait_for("no new requests")
-        assert until_refused(gateway)
-        for answer in streams:
-            events = answer.result(WAIT_S)
-            assert len(events) == tokens
-            assert len(str(events[-1]["generated_text"])) == tokens
-        assert gateway.end() == 0
-        assert gateway.left_behind() == []
-
-
-def test_the_drain_ends_when_its_time_is_over(byte_model: Path) -> None:
-    with serving(byte_model, "--echo-step-ms", "100", "-g", "1") as gateway, ThreadPoolExecutor(1) as pool:
-        first = threading.Barrier(2)
-        answer = pool.submit(stream, gateway, 4000, first)
-        first.wait(WAIT_S)
-        gateway.process.send_signal(signal.SIGTERM)
-        assert gateway.end() == 0
-        with contextlib.suppress(httpx.TransportError):
-            assert len(answer.result(WAIT_S)) < 4000
-        assert gateway.left_behind() == []
-
-
-def test_a_second_signal_stops_at_once(byte_model: Path) -> None:
-    with serving(byte_model, "--echo-step-ms", "100") as gateway, ThreadPoolExecutor(1) as pool:
-        first = threading.Barrier(2)
-        answer = pool.submit(stream, gateway, 4000, first)
-        first.wait(WAIT_S)
-        gateway.process.send_signal(signal.SIGTERM)
-        gateway.wait_for("no new requests")
-        gateway.process.send_signal(signal.SIGINT)
-        assert gateway.end() == 128 + signal.SIGINT
-        assert isinstance(answer.exception(WAIT_S), httpx.TransportError)
-        assert gateway.left_behind() == []
-
-
-@pytest.mark.parametrize("victim", ["engine_process", "http_process"])
-def test_a_killed_process_ends_the_server_with_an_error(byte_model: Path, victim: str) -> None:
-    with serving(byte_model, "--echo-step-ms", "50", "-g", "5") as gateway, ThreadPoolExecutor(1) as pool:
-        first = threading.Barrier(2)
-        answer = pool.submit(stream, gateway, 4000, first)
-        first.wait(WAIT_S)
-        os.kill(gateway.children()[victim], signal.SIGKILL)
-        if victim == "engine_process":
-            last = answer.result(WAIT_S)[-1]
-            assert last["error_type"] == "incomplete_generation_stream"
-        else:
-            assert isinstance(answer.exception(WAIT_S), httpx.TransportError)
-        assert gateway.end() == 1
-        name = "engine" if victim == "engine_process" else "http-0"
-        assert f"{name} was ended by SIGKILL" in gateway.log
         assert gateway.left_behind() == []
 
 

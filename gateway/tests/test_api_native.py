@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tgi_gateway.errors import IncompleteGeneration
 from tgi_gateway.testing.echo import ECHO_CAPABILITIES, EchoBackend
 from tgi_gateway.testing.scripted import Script, ScriptedBackend, ScriptedToken
 from tgi_gateway.testing.worker import EOS, FIRST_BYTE, Worker, byte_toy
@@ -241,7 +242,7 @@ async def test_a_lost_engine_is_an_incomplete_generation(start_worker: Callable[
         begun = [one.generated_tokens for one in worker.services.generations._open.values()]
         if len(begun) == 3 and all(begun):
             break
-    worker.services.generations.fail_all("Incomplete generation")
+    worker.services.generations.close(IncompleteGeneration())
     response = await answer
     assert response.status_code == 500
     assert response.json() == {"error": "Incomplete generation", "error_type": "incomplete_generation"}

@@ -9,13 +9,13 @@ import msgspec
 import pytest
 
 from tgi_gateway.api import bodies
+from tgi_gateway.testing.echo import EchoBackend
 from tgi_gateway.testing.scripted import Script, ScriptedBackend
 from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, error_text
 
+HEALTH = ["/", "/health", "/health/ready", "/health/generate", "/ping"]
 GETS = [
-    "/",
-    "/health",
-    "/ping",
+    *HEALTH,
     "/info",
     "/metrics",
     "/v1/models",
@@ -68,15 +68,44 @@ async def test_models_are_listed_and_found_by_name(start_worker: Callable[..., A
     assert "`other` does not exist" in error_text(missing.json())
 
 
-async def test_health_has_no_body_and_is_503_once_the_engine_is_gone(worker: Worker) -> None:
-    for path in ("/health", "/ping", "/"):
+async def test_health_has_no_body_and_tells_live_from_able_to_generate(worker: Worker) -> None:
+    live = ("/health", "/ping", "/")
+    for path in (*live, "/health/ready", "/health/generate"):
         response = await worker.client.get(path)
         assert (response.status_code, response.content) == (200, b"")
     await worker.services.backend.stop(0.0)
-    response = await worker.client.get("/health")
+    response = await worker.client.get("/health/generate")
     assert response.status_code == 503
     assert response.json()["error_type"] == "healthcheck"
     assert int(response.headers["retry-after"]) > 0
+    for path in live:
+        assert (await worker.client.get(path)).status_code == 200, "live is not ready"
+
+
+async def test_closed_doors_are_told_to_probes_and_to_new_requests(worker: Worker) -> None:
+    worker.services.doors.close()
+    assert (await worker.client.get("/health/ready")).status_code == 503
+    assert (await worker.client.get("/health/generate")).status_code == 503
+    assert (await worker.client.get("/health")).status_code == 200
+    for path, body in BODIES.items():
+        response = await worker.post(path, body)
+        assert response.status_code == 503, path
+        assert "The server is stopping" in response.json()["error"]
+        assert int(response.headers["retry-after"]) > 0
+    assert (await worker.client.get("/metrics")).status_code == 200
+
+
+async def test_who_is_inside_finishes_after_the_doors_have_closed(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(EchoBackend(byte_toy(), step_s=0.02))
+    doors = worker.services.doors
+    body = {"inputs": "abc", "parameters": {"max_new_tokens": 20}}
+    answers = [asyncio.create_task(worker.post(path, body)) for path in ("/generate", "/generate_stream")]
+    while len(worker.services.generations) < 2:  # noqa: ASYNC110 - they are made by requests
+        await asyncio.sleep(0.01)
+    doors.close()
+    assert not await doors.empty(0.01)
+    assert await doors.empty(20)
+    assert [answer.status_code for answer in await asyncio.gather(*answers)] == [200, 200]
 
 
 @pytest.mark.parametrize("path", GETS)
@@ -171,7 +200,7 @@ def bearer(key: str, scheme: str = "Bearer") -> dict[bytes, bytes]:
 async def test_without_the_key_only_liveness_answers(locked: Worker) -> None:
     for path in [*GETS, "/docs", "/api-doc/openapi.json", "/unknown"]:
         response = await locked.client.get(path)
-        if path in ("/health", "/ping"):
+        if path in ("/health", "/health/ready", "/ping"):
             assert response.status_code == 200
         else:
             assert response.status_code == 401, path

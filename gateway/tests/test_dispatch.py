@@ -347,7 +347,7 @@ async def test_stop_lets_open_requests_finish_and_refuses_new_ones(host: Host) -
     await asyncio.sleep(0)
     host.dispatch.submit(request(6))
     await asyncio.sleep(0)
-    assert host.ending(6) == Failed(6, "overloaded", "The server is stopping")
+    assert host.ending(6) == Failed(6, "healthcheck", "The server is stopping; another one will answer")
     with pytest.raises(Unhealthy):
         await host.dispatch.health()
     for request_id in range(1, 6):

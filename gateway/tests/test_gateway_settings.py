@@ -45,7 +45,7 @@ def test_defaults_are_tgis() -> None:
         "hostname": "0.0.0.0",
         "port": 3000,
         "payload_limit": 2_000_000,
-        "graceful_termination_timeout": 90,
+        "shutdown_timeout": 90,
         "waiting_served_ratio": 0.3,
         "max_waiting_tokens": 20,
         "prometheus_port": 9000,
@@ -79,7 +79,7 @@ def test_every_value_a_launcher_command_line_has_is_read() -> None:
     assert settings.cors_allow_origin == ("https://a", "https://b")
     assert settings.lora_adapters == ("a", "b=/p")
     assert settings.port == 8080
-    assert settings.graceful_termination_timeout == 5
+    assert settings.shutdown_timeout == 5
     assert settings.trust_remote_code is True
     assert settings.env is True
     flags = {word for word in line.split() if word.startswith("-")}

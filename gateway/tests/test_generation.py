@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -183,7 +182,7 @@ async def test_an_engine_that_fails_after_a_stop_string_takes_nothing_away(worke
         worker.engine.step(*(Token(request_id, token_id) for token_id in (0, 2)))
         batch = asyncio.ensure_future(anext(generation))
         await asyncio.sleep(0)
-        worker.generations.fail_all("gone")
+        worker.generations.close(IncompleteGeneration("gone"))
         assert texts(await batch) == ["a", "c"]
         assert generation.reason == "stop_sequence"
 
@@ -245,7 +244,7 @@ async def test_a_lost_engine_fails_everything_that_is_open(worker: Worker) -> No
     one, two = worker.open(), worker.open()
     waiting = asyncio.ensure_future(anext(one))
     await asyncio.sleep(0)
-    worker.generations.fail_all("gone")
+    worker.generations.close(IncompleteGeneration("gone"))
     for failing in (waiting, anext(two)):
         with pytest.raises(IncompleteGeneration, match="gone"):
             await failing
@@ -278,8 +277,7 @@ async def test_what_the_engine_lacks_is_refused_before_it_is_submitted() -> None
 def test_ids_carry_the_worker_and_do_not_come_again_when_it_restarts() -> None:
     before = Generations(ManualBackend(), worker=3)
     ids = {before.next_id() for _ in range(50)}
-    time.sleep(0.001)
-    after = Generations(ManualBackend(), worker=3)
+    after = Generations(ManualBackend(), worker=3, restarts=1)
     ids |= {after.next_id() for _ in range(50)}
     assert len(ids) == 100
     assert all(request_id >> 48 == 3 for request_id in ids)

@@ -25,7 +25,6 @@ from tgi_gateway.telemetry.metrics import (
     RequestMetrics,
     Tally,
     linear,
-    prepare_directory,
 )
 from tgi_gateway.testing.echo import EchoBackend
 from tgi_gateway.types import Finished, Request, SamplingParams, StopRules, Usage
@@ -280,9 +279,12 @@ print(os.getpid())
 """
 RENDER = """
 import sys
-from tgi_gateway.telemetry.metrics import Metrics, forget_process
+import os
+from pathlib import Path
+from tgi_gateway.launcher.runtime import RuntimeFolder
+from tgi_gateway.telemetry.metrics import Metrics
 for pid in sys.argv[1:]:
-    forget_process(int(pid))
+    RuntimeFolder(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).parent).forget(int(pid))
 sys.stdout.buffer.write(Metrics().render())
 """
 
@@ -294,8 +296,8 @@ def run(folder: Path, code: str, *arguments: str) -> bytes:
 
 
 def test_several_processes_are_told_as_one(tmp_path: Path) -> None:
-    (tmp_path / "counter_1.db").write_bytes(b"left by an earlier run")
-    prepare_directory(tmp_path)
+    tmp_path = tmp_path / "metrics"
+    tmp_path.mkdir()
     run(tmp_path, WORKER)
     run(tmp_path, WORKER)
     first_host = run(tmp_path, HOST.format(queue=7)).decode().strip()

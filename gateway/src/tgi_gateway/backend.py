@@ -175,6 +175,15 @@ class CancelsByName(Protocol):
         ...
 
 
+@runtime_checkable
+class ReportsProgress(Protocol):
+    """What a Backend may offer besides: to tell of steps that have no events, such as the chunks of a long prompt."""
+
+    def silent_s(self) -> float:
+        """Seconds since the last step was done, or work came; 0.0 while there is none. From any thread, at once."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
     """A command-line flag that a plug-in adds. The environment variable is the name in upper case with underscores."""

@@ -139,7 +139,7 @@ class Settings:
         None, SERVER, FILE, "File of further keys, one a line: the key itself, or sha256: and its digest in hex."
     )
     public_routes: tuple[str, ...] = _flag(
-        ("/health", "/ping"), SERVER, comma_list(TEXT, "ROUTE,..."), "Routes that need no API key."
+        ("/health", "/health/ready", "/ping"), SERVER, comma_list(TEXT, "ROUTE,..."), "Routes that need no API key."
     )
     aip_predict_route: str | None = _flag(None, SERVER, TEXT, "On Vertex AI: a further path of /vertex.", typed=False)
     aip_health_route: str | None = _flag(
@@ -155,12 +155,18 @@ class Settings:
         None, SERVER, number(0), "Longest time of one request in seconds, its answer included.",
         shown_default="no limit",
     )  # fmt: skip
-    graceful_termination_timeout: int = _flag(
+    shutdown_timeout: int = _flag(
         90,
         SERVER,
         whole(0),
         "Seconds that accepted requests get to finish when the server is told to stop.",
         short="-g",
+    )
+    restart_engine: bool = _flag(
+        True, SERVER, YES_NO, "Start the engine again when it ends or hangs; false: end the server, with an error."
+    )
+    engine_timeout: float = _flag(
+        300.0, SERVER, number(-1), "Seconds without a step after which a busy engine counts as dead; 0: never."
     )
     shard_uds_path: str | None = _flag(
         None, SERVER, FILE, "Folder in which this server makes its private folder of Unix sockets.",
@@ -298,7 +304,8 @@ class Settings:
         own = {option.name: values.get(option.name, option.default) for option in plugin_options}
         values = {name: value for name, value in values.items() if name not in own}
         _refuse_ngrok(values)
-        _merge_input_length(values)
+        _merge_alias(values, "max_input_length", "max_input_tokens", "its older name")
+        _merge_alias(values, "graceful_termination_timeout", "shutdown_timeout", "TGI's name of it")
         _ignore_container_hostname(values, argv)
         _use_vertex_port(values)
         settings = Settings(**values, extra=own, given=tuple(sorted(values)))  # type: ignore[arg-type]
@@ -457,6 +464,7 @@ _ALIASES: dict[str, Option] = {
     option.name: option
     for option in (
         Option("max_input_length", whole(1), "Older name of --max-input-tokens.", LIMITS),
+        Option("graceful_termination_timeout", whole(0), "TGI's name of --shutdown-timeout.", SERVER),
         Option("ngrok", SWITCH, "Refused: tunnels are not part of this server.", NO_EFFECT),
         Option("ngrok_authtoken", TEXT, "Refused, as --ngrok.", NO_EFFECT, secret=True),
         Option("ngrok_edge", TEXT, "Refused, as --ngrok.", NO_EFFECT),
@@ -499,16 +507,16 @@ def _refuse_ngrok(values: dict[str, object]) -> None:
         raise SettingsError(f"Invalid argument: {_NGROK}")
 
 
-def _merge_input_length(values: dict[str, object]) -> None:
-    legacy = values.pop("max_input_length", None)
-    if legacy is None:
+def _merge_alias(values: dict[str, object], alias: str, name: str, what: str) -> None:
+    given = values.pop(alias, None)
+    if given is None:
         return
-    if "max_input_tokens" in values:
+    if name in values:
         raise SettingsError(
-            f"Invalid argument: Both `max_input_tokens` ({values['max_input_tokens']}) and `max_input_length` "
-            f"({legacy}) are set. Set only `max_input_tokens`; `max_input_length` is its older name"
+            f"Invalid argument: Both `{name}` ({values[name]}) and `{alias}` ({given}) are set. "
+            f"Set only `{name}`; `{alias}` is {what}"
         )
-    values["max_input_tokens"] = legacy
+    values[name] = given
 
 
 def _use_vertex_port(values: dict[str, object]) -> None:

@@ -142,6 +142,11 @@ class SteppedBackend(Backend, ABC):
             await asyncio.sleep(LOSS_POLL_S)
         return loop.failure
 
+    def silent_s(self) -> float:
+        """See `tgi_gateway.backend.ReportsProgress`."""
+        loop = self._running_loop
+        return time.monotonic() - loop.last_progress_s if loop.busy else 0.0
+
     async def stop(self, drain_s: float) -> None:
         async with self._stopping:
             drained_s = time.monotonic() + drain_s

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from tgi_gateway.api import bodies, caller, openapi
 from tgi_gateway.api.auth import ApiKey, Keys
+from tgi_gateway.api.doors import Doors
 from tgi_gateway.api.errors import ClientGone, Rejection, as_gateway_error, error_response, openai_refusal
 from tgi_gateway.api.routes import Route, all_routes
 from tgi_gateway.api.serving import VERSION, Services
@@ -44,11 +45,17 @@ EXPOSED_HEADERS = (
 
 
 class Application(FastAPI):
-    """Keeps the server's `send` for streams, see `sse.DIRECT_SEND`."""
+    """Keeps the server's `send` for streams, see `sse.DIRECT_SEND`, and knows who is inside."""
+
+    doors: Doors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await super().__call__(scope, receive, send)
+            return
         scope[DIRECT_SEND] = send
-        await super().__call__(scope, receive, send)
+        with self.doors.stay():
+            await super().__call__(scope, receive, send)
 
 
 class PlainRoute(APIRoute):
@@ -82,6 +89,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.doors = services.doors
     app.router.route_class = PlainRoute
     routes = all_routes(services.settings)
     for route in routes:
@@ -114,6 +122,7 @@ def _endpoint(services: Services, route: Route) -> Endpoint:
     async def handle(request: Request) -> Response:
         if route.body is None:
             return await route.handler(services, request, b"")
+        services.doors.enter()
         bodies.check_content_type(request)
         return await route.handler(services, request, await bodies.read(request, limit))
 

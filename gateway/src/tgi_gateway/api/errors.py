@@ -103,7 +103,8 @@ class NativeDialect:
 
     def event(self, error: GatewayError) -> object:
         if isinstance(error, IncompleteGeneration):
-            return {"error": "Incomplete generation stream", "error_type": "incomplete_generation_stream"}
+            why = str(error) if error.detail != IncompleteGeneration().detail else "Incomplete generation stream"
+            return {"error": why, "error_type": "incomplete_generation_stream"}
         return self.body(error)
 
     def rejection(self, rejection: Rejection) -> Response:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from tgi_gateway.backend import Backend, CancelsByName, refuse_unsupported
-from tgi_gateway.errors import BackendFailed, GatewayError, IncompleteGeneration, from_wire
+from tgi_gateway.errors import BackendFailed, GatewayError, from_wire
 from tgi_gateway.types import Finished, FinishReason, Request, StepEvents, Usage
 
 log = logging.getLogger(__name__)
@@ -267,12 +267,13 @@ class Generation:
 class Generations:
     """All open requests of one HTTP worker."""
 
-    def __init__(self, backend: Backend, *, worker: int = 0) -> None:
+    def __init__(self, backend: Backend, *, worker: int = 0, restarts: int = 0) -> None:
+        """`restarts`: how many processes were this worker before. The engine may still hold requests of theirs."""
         self._backend = backend
         self._open: dict[int, Generation] = {}
-        # A worker that starts again must not use the ids of requests that it left open in the engine. Counting from
-        # the clock in steps of 10 us it does not, and 48 bits last until 2059.
-        self._ids = itertools.count((worker << 48) + time.time_ns() // 10_000 % (1 << 48))
+        self._closed: GatewayError | None = None
+        self._first_id = (worker << 48) + (restarts % (1 << 12) << 36)
+        self._counter = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
 
@@ -293,7 +294,8 @@ class Generations:
         self._loop.call_soon_threadsafe(self.deliver, events)
 
     def next_id(self) -> int:
-        return next(self._ids)
+        """16 bits for the worker, 12 for its restarts, 36 to count."""
+        return self._first_id + next(self._counter) % (1 << 36)
 
     def open(
         self,
@@ -304,10 +306,12 @@ class Generations:
         ending_ids: frozenset[int] = frozenset(),
         visible: frozenset[int] = frozenset(),
     ) -> Generation:
-        """Submit `request` (its id from `next_id`). Raises `Unsupported` for what the engine lacks.
+        """Submit `request` (its id from `next_id`). Raises `Unsupported` for what the engine lacks, or `close`'s error.
 
         `ending_ids` are tokens that end a generation in the engine; `visible` are special tokens that are text.
         """
+        if self._closed is not None:
+            raise self._closed
         refuse_unsupported(request, self._backend.capabilities)
         generation = Generation(self._backend, request, decoder, stops, special, self._forget, ending_ids, visible)
         self._open[request.request_id] = generation
@@ -356,11 +360,13 @@ class Generations:
         for generation in touched.values():
             generation.wake()
 
-    def fail_all(self, detail: str) -> None:
-        """The engine is gone: end every open request with `IncompleteGeneration`."""
+    def close(self, error: GatewayError) -> None:
+        """End every open request, and all that would follow, with `error`."""
+        self._closed = error
         for generation in list(self._open.values()):
-            generation.fail(IncompleteGeneration(detail))
+            generation.fail(error)
             generation.wake()
+            self._backend.cancel(generation.request.request_id)
 
     def _give_up(self, generation: Generation) -> None:
         """A text that cannot be decoded must not take the other requests' tokens with it."""

@@ -119,8 +119,20 @@ async def model(services: Services, request: Request, _raw: bytes) -> Response:
     return Response(msgspec.json.encode(found), media_type="application/json")
 
 
-async def health(services: Services, _request: Request, _raw: bytes) -> Response:
-    """200 without a body, or `Unhealthy`."""
+async def live(_services: Services, _request: Request, _raw: bytes) -> Response:
+    """200: this process answers. A busy server, or one whose engine is being started again, needs no restart."""
+    return Response(status_code=200)
+
+
+async def ready(services: Services, _request: Request, _raw: bytes) -> Response:
+    """200 if a request that comes now can be taken, or `Unhealthy`."""
+    services.check_open()
+    return Response(status_code=200)
+
+
+async def generating(services: Services, _request: Request, _raw: bytes) -> Response:
+    """200 if the engine can generate, which it shows by a token or, while busy, by its progress; or `Unhealthy`."""
+    services.check_open()
     await services.backend.health()
     return Response(status_code=200)
 
@@ -144,18 +156,36 @@ async def cancel(services: Services, request: Request, _raw: bytes) -> Response:
 
 HEALTH = Route(
     path="/health",
-    handler=health,
+    handler=live,
     dialect=NATIVE,
     method="GET",
     name="health",
-    summary="Can the server generate?",
+    summary="Does the server live?",
     tag="Server",
-    failures={503: "The engine cannot generate now"},
+)
+READY = Route(
+    path="/health/ready",
+    handler=ready,
+    dialect=NATIVE,
+    method="GET",
+    name="health_ready",
+    summary="Does the server take requests?",
+    tag="Server",
+    failures={503: "It stops, or has no engine now"},
 )
 
 
 ROUTES = [
     HEALTH,
+    READY,
+    replace(
+        READY,
+        path="/health/generate",
+        handler=generating,
+        name="health_generate",
+        summary="Can the engine generate?",
+        failures={503: "It cannot now"},
+    ),
     replace(HEALTH, path="/ping", shown=False),
     replace(HEALTH, path="/", shown=False),
     Route(

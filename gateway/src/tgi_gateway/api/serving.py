@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,10 +15,11 @@ from json.encoder import encode_basestring
 from typing import Any, TypeVar
 
 from tgi_gateway.api import caller
+from tgi_gateway.api.doors import Doors
 from tgi_gateway.api.errors import INTERNAL, ClientGone, failure_label
 from tgi_gateway.api.generation import Generation, Generations, Piece
 from tgi_gateway.backend import Backend, ModelInfo
-from tgi_gateway.errors import Cancelled, GatewayError, Overloaded
+from tgi_gateway.errors import Cancelled, GatewayError, Overloaded, Unhealthy
 from tgi_gateway.prompt import stops, tools, validate
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.reasoning import Marks
@@ -71,6 +72,9 @@ class Services:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     metrics: RequestMetrics
+    reachable: Callable[[], bool] = lambda: True
+    """Whether the engine is there, be it well or not."""
+    doors: Doors = field(default_factory=Doors)
     limits: Limits = field(init=False)
     permits: Permits = field(init=False)
     adapters: frozenset[str] = field(init=False)
@@ -83,15 +87,26 @@ class Services:
     """How it writes its thoughts, unless its family has a way of its own."""
 
     def __post_init__(self) -> None:
-        self.limits = Limits.of(self.settings, self.info)
         self.permits = Permits(self.settings.max_concurrent_requests)
         self.adapters = frozenset(adapter.partition("=")[0] for adapter in self.settings.lora_adapters)
-        self.eos_token_ids = frozenset(self.info.eos_token_ids)
         template = "" if self.chat_template is None else self.chat_template.source(with_tools=True)
         self.family, self.reasoning = tools.recognised(
             template, self.settings.tool_call_parser, self.settings.reasoning_parser
         )
-        self.compute_type = f"{self.settings.num_shard or 1}-{self.info.device or 'unknown'}"
+        self.serve(self.info)
+
+    def serve(self, info: ModelInfo) -> None:
+        """From now on with this engine: one that was started again may have other limits."""
+        self.info = info
+        self.limits = Limits.of(self.settings, info)
+        self.eos_token_ids = frozenset(info.eos_token_ids)
+        self.compute_type = f"{self.settings.num_shard or 1}-{info.device or 'unknown'}"
+
+    def check_open(self) -> None:
+        """Raises `Unhealthy` if a request that comes now could not be taken."""
+        self.doors.enter()
+        if not self.reachable():
+            raise Unhealthy("The engine is not available; try again")
 
     def open(self, valid: Valid, *, keep_stop: bool, visible: frozenset[int] = frozenset()) -> Generation:
         """Submit it; `visible` special tokens are text. Raises `Unsupported` for what the engine lacks."""

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo
+from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo, ReportsProgress
 from tgi_gateway.errors import (
     BackendFailed,
     GatewayError,
@@ -131,6 +131,7 @@ class Dispatch:
         self._stopping = False
         self._probes: dict[int, asyncio.Future[Finished | Failed]] = {}
         self._progress_at = 0.0
+        self._busy_since = 0.0
         self._step_began_at = 0.0
 
     @property
@@ -155,6 +156,16 @@ class Dispatch:
     def stats(self) -> HostStats:
         with self._lock:
             return self._stats()
+
+    def silent_s(self) -> float:
+        """For so many seconds the engine has had work and made no progress, as far as can be told."""
+        with self._lock:
+            if not self._running and not self._queue:
+                return 0.0
+            silent_s = time.perf_counter() - max(self._progress_at, self._busy_since)
+        if isinstance(self._backend, ReportsProgress):
+            return min(silent_s, self._backend.silent_s())
+        return silent_s
 
     def submit(self, request: Request) -> None:
         try:
@@ -232,13 +243,15 @@ class Dispatch:
     def _enqueue(self, request: Request) -> None:
         """With the lock held. Raises what the request has to be told."""
         if self._stopping:
-            raise Overloaded("The server is stopping")
+            raise Unhealthy("The server is stopping; another one will answer")
         if request.request_id in self._queue or request.request_id in self._running:
             raise ValidationError(f"request id {request.request_id} is already open")
         if len(self._queue) + len(self._running) >= self._max_concurrent_requests:
             raise Overloaded
         if self._max_per_key is not None and self._open_of(request.tenant) >= self._max_per_key:
             raise Overloaded(f"This API key has {self._max_per_key} requests open, which is the most it may have")
+        if not self._queue and not self._running:
+            self._busy_since = time.perf_counter()
         self._queue.add(Ticket(request, next(self._arrivals), time.perf_counter()))
 
     def _open_of(self, tenant: str) -> int:

@@ -8,6 +8,7 @@ own, so that nothing a library prints can be taken for a report.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import os
@@ -38,31 +39,48 @@ class Assignment:
     report_fd: int
     runtime_folder: str
     socket_path: str
+    metrics_folder: str = ""
     model_path: str = ""
     worker: int = 0
     """Which HTTP worker."""
+    restarts: int = 0
+    """How many processes had this place before."""
     listen_fd: int = -1
+
+
+BEAT_S = 1.0
+"""How often a child that promises beats sends one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a child tells the launcher, once: it is ready, or why it will never be."""
+    """What a child tells the launcher: once that it is ready, or why it will never be; then that it is alive."""
 
-    kind: Literal["ready", "failed"]
+    kind: Literal["ready", "failed", "beat"]
     text: str = ""
     """ready: what the next process needs to know; failed: the message."""
     exit_code: int = 0
+    silent_s: float = 0.0
+    """beat: for so long it has had work and made no progress."""
 
 
 class Reporter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        os.set_blocking(fd, False)  # a launcher that does not read for a while must not stop its children
 
     def ready(self, text: str = "") -> None:
         self._send(Report("ready", text))
 
     def failed(self, text: str, exit_code: int) -> None:
         self._send(Report("failed", text, exit_code))
+
+    async def beat(self, silent_s: Callable[[], float]) -> None:
+        """Tell for ever that the event loop turns, and how long the work in it has stood still."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            with contextlib.suppress(BlockingIOError):
+                self._send(Report("beat", silent_s=round(silent_s(), 3)))
 
     def _send(self, report: Report) -> None:
         os.write(self._fd, msgspec.json.encode(report) + b"\n")

@@ -40,9 +40,11 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
     logger.info("Engine ready", extra=logs.fields(**asdict(server.info)))
     told_to_stop = child.stop_signal()
     reporter.ready()
+    beats = asyncio.create_task(reporter.beat(dispatch.silent_s))
     why = await _loss(backend, told_to_stop)
+    beats.cancel()
     if why is None:
-        await server.stop(settings.graceful_termination_timeout)
+        await server.stop(settings.shutdown_timeout)
         return 0
     logger.error("The engine is lost: %s", why)
     await server.stop(0.0)

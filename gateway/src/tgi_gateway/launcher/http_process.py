@@ -1,4 +1,4 @@
-"""An HTTP worker: uvicorn on the shared listening socket, the engine behind a Unix socket."""
+"""An HTTP worker: uvicorn on the shared listening socket, the engine behind a Unix socket; drains when told to stop."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ import uvicorn
 from tgi_gateway.api.app import create_app
 from tgi_gateway.api.generation import Generations
 from tgi_gateway.api.serving import Services
+from tgi_gateway.errors import Unhealthy
 from tgi_gateway.launcher import child
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.telemetry.metrics import Metrics, RequestMetrics
 from tgi_gateway.wire.client import RemoteBackend
 
+LAST_WORDS_S = 2.0
+"""For answers that the end of the drain cuts short: how long clients get to read that it did."""
 KEEP_ALIVE_S = 75
 """Longer than the 60 s of common proxies, so that they hang up first and no request meets a closing connection."""
 
 
 class _Server(uvicorn.Server):
-    """Tells when it accepts connections; leaves signals to us."""
+    """Tells when it accepts connections; at SIGTERM it goes on until nobody is inside, or the time is over."""
 
-    def __init__(self, config: uvicorn.Config, reporter: child.Reporter) -> None:
+    def __init__(self, config: uvicorn.Config, reporter: child.Reporter, services: Services) -> None:
         super().__init__(config)
         self._reporter = reporter
+        self._services = services
+        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -43,6 +48,15 @@ class _Server(uvicorn.Server):
         yield
 
     def _stop(self) -> None:
+        self._draining = self._draining or asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """The port stays open meanwhile: probes read that this server is not ready, clients that another one is."""
+        services = self._services
+        services.doors.close()
+        if not await services.doors.empty(services.settings.shutdown_timeout):
+            services.generations.close(Unhealthy("The server stopped before the answer was complete; try again"))
+            await services.doors.empty(LAST_WORDS_S)
         self.should_exit = True
 
 
@@ -53,25 +67,25 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     chat_template = ChatTemplate.from_folder(folder, settings.tokenizer_config_path)
     # However long the model takes: the launcher ends this process if the engine fails.
     await _until(Path(assignment.socket_path).is_socket)
-    backend = RemoteBackend(Path(assignment.socket_path), worker=assignment.worker)
-    generations = Generations(backend, worker=assignment.worker)
+    backend = RemoteBackend(Path(assignment.socket_path), worker=assignment.worker, connect_timeout_s=None)
+    generations = Generations(backend, worker=assignment.worker, restarts=assignment.restarts)
     generations.bind(asyncio.get_running_loop())
     info = await backend.start(generations.emit)
-    app = create_app(
-        Services(
-            settings=settings,
-            info=info,
-            backend=backend,
-            generations=generations,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            metrics=RequestMetrics(
-                Metrics(), max_input_tokens=info.max_input_tokens, max_total_tokens=info.max_total_tokens
-            ),
-        )
+    services = Services(
+        settings=settings,
+        info=info,
+        backend=backend,
+        generations=generations,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        metrics=RequestMetrics(
+            Metrics(), max_input_tokens=info.max_input_tokens, max_total_tokens=info.max_total_tokens
+        ),
+        reachable=lambda: backend.attached,
     )
+    backend.when_attached(services.serve)
     config = uvicorn.Config(
-        app,
+        create_app(services),
         loop="none",
         http="httptools",
         lifespan="auto",
@@ -81,10 +95,10 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
         proxy_headers=False,  # nothing here asks for the client's address
         backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=settings.graceful_termination_timeout,
+        timeout_graceful_shutdown=int(LAST_WORDS_S),  # for connections; requests were waited for before
     )
     listening = socket.socket(fileno=assignment.listen_fd)
-    await _Server(config, reporter).serve(sockets=[listening])
+    await _Server(config, reporter, services).serve(sockets=[listening])
     await backend.stop(0)
 
 

@@ -8,13 +8,13 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from tgi_gateway.errors import StartError
-from tgi_gateway.launcher.child import Assignment, Report
+from tgi_gateway.launcher.child import BEAT_S, Assignment, Report
 
 MAX_LINE_BYTES = 1 << 20
 """A longer log line is cut in pieces."""
@@ -25,14 +25,45 @@ OnLine = Callable[[bytes, str], None]
 """Called with each line that a child prints, and its name."""
 
 
+class Reports:
+    """What a child tells, as it comes."""
+
+    def __init__(self, fd: int) -> None:
+        self.first: asyncio.Future[Report | None] = asyncio.get_running_loop().create_future()
+        """Ready, failed, or None if it ended without a word."""
+        self._silent_s = 0.0
+        self._task = asyncio.create_task(self._read(fd))
+
+    async def silence(self, limit_s: float) -> None:
+        """Return when the child has told of no progress for `limit_s`; it must have promised beats.
+
+        Time is counted in ticks of this process, so that one during which the launcher, or the whole machine, stood
+        still is no reproach.
+        """
+        while self._silent_s < limit_s:
+            await asyncio.sleep(BEAT_S)
+            self._silent_s += BEAT_S
+
+    async def _read(self, fd: int) -> None:
+        try:
+            async for line in _lines(fd):
+                report = msgspec.json.decode(line, type=Report)
+                if report.kind == "beat":
+                    self._silent_s = report.silent_s
+                elif not self.first.done():
+                    self.first.set_result(report)
+        finally:
+            if not self.first.done():
+                self.first.set_result(None)
+
+
 @dataclass(eq=False, slots=True)
 class Child:
     """A running process. Made by `start`."""
 
     name: str
     process: asyncio.subprocess.Process
-    report: asyncio.Task[Report | None]
-    """What it told; None if it ended without a word."""
+    reports: Reports
     exit: asyncio.Task[int]
     """Its exit code, after all of its log was read."""
 
@@ -42,7 +73,7 @@ class Child:
 
     async def ready(self) -> str:
         """Wait until it is ready; returns its text. Raises `StartError` if it never will be."""
-        report = await self.report
+        report = await self.reports.first
         if report is not None and report.kind == "ready":
             return report.text
         code = await self.exit
@@ -96,13 +127,13 @@ async def start(
         raise StartError(f"cannot start {assignment.process}: {error.strerror}") from error
     finally:
         os.close(report_write)
-    report = asyncio.create_task(_read_report(report_read))
+    reports = Reports(report_read)
     exited = asyncio.create_task(_follow(process, assignment.process, on_line))
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(dataclasses.replace(assignment, report_fd=report_write)) + b"\n")
     with contextlib.suppress(ConnectionError):  # it died already; its log will say why
         await process.stdin.drain()
-    return Child(assignment.process, process, report, exited)
+    return Child(assignment.process, process, reports, exited)
 
 
 def ending(code: int) -> str:
@@ -117,17 +148,17 @@ def ending(code: int) -> str:
     return f"was ended by {name}{hint}"
 
 
-async def _read_report(fd: int) -> Report | None:
+async def _lines(fd: int) -> AsyncIterator[bytes]:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", buffering=0)
     )
     try:
-        line = await reader.readline()
+        while line := await reader.readline():
+            yield line
     finally:
         transport.close()
-    return msgspec.json.decode(line, type=Report) if line else None
 
 
 async def _follow(process: asyncio.subprocess.Process, name: str, on_line: OnLine) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from tgi_gateway.errors import StartError
 from tgi_gateway.wire.channel import address
 
 BACKLOG = 2048
+_PREFIX = "tgi-gateway-"
 _IN_USE = {errno.EADDRINUSE}
 
 
@@ -35,6 +37,17 @@ class RuntimeFolder:
         """Where the processes' counters are added up."""
         return self.path / "metrics"
 
+    def forget(self, pid: int) -> None:
+        """Drop the gauges of a process that has ended; what it counted stays counted."""
+        from prometheus_client.multiprocess import mark_process_dead  # here: a server that starts need not wait for it
+
+        mark_process_dead(pid, str(self.metrics))  # type: ignore[no-untyped-call]
+
+    @property
+    def lock(self) -> Path:
+        """Held locked by the launcher for as long as it lives."""
+        return self.path / "launcher"
+
 
 @contextlib.contextmanager
 def runtime_folder(parent: str | None) -> Iterator[RuntimeFolder]:
@@ -45,19 +58,36 @@ def runtime_folder(parent: str | None) -> Iterator[RuntimeFolder]:
     try:
         if parent is not None:
             Path(parent).mkdir(parents=True, exist_ok=True)
-        folder = RuntimeFolder(Path(tempfile.mkdtemp(prefix="tgi-gateway-", dir=parent)))
+        folder = RuntimeFolder(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)))
     except OSError as error:
         where = parent if parent is not None else "the folder for temporary files"
         raise StartError(
             f"cannot make the folder for sockets in {where}: {error.strerror}. Choose a writable one with "
             "--shard-uds-path, or TMPDIR"
         ) from error
-    try:
-        address(folder.socket)
-        folder.metrics.mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(folder.path, ignore_errors=True)
+    _sweep(folder.path.parent)
+    with (folder.path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(lock.name).rename(folder.lock)  # under its name it is never seen unlocked
+        try:
+            address(folder.socket)
+            folder.metrics.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of servers that were killed with all their processes at once."""
+    for lock in parent.glob(f"{_PREFIX}*/launcher"):
+        try:
+            if lock.parent.lstat().st_uid != os.geteuid():
+                continue
+            with lock.open("r+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:
+            continue  # its launcher lives
 
 
 def bind(hostname: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""The launcher: starts the engine host and the HTTP workers, watches over them, and stops them in order."""
+"""The launcher: starts the engine host and the HTTP workers, replaces those that end, and stops all in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import platform
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from tgi_gateway.launcher import processes, runtime
 from tgi_gateway.launcher.child import Assignment
 from tgi_gateway.launcher.display import Display
 from tgi_gateway.launcher.processes import Child
+from tgi_gateway.launcher.restarts import Restarts
 from tgi_gateway.launcher.runtime import RuntimeFolder
 from tgi_gateway.settings import SECRET_VARIABLES, Settings
 from tgi_gateway.telemetry import logs
@@ -37,6 +38,21 @@ MARGIN_S = 5.0
 
 class _Stop(Exception):
     """A signal asked for the end before the server was up."""
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    """What the server must always have one of: the process that is there now, and how to get another."""
+
+    name: str
+    start: Callable[[int], Awaitable[Child]]
+    """Of the number of restarts so far."""
+    child: Child
+    lasting: bool
+    """Whether an end is mended by a restart, and not the end of the server."""
+    beats_within_s: float = 0.0
+    """It counts as dead when it makes no progress for so long; 0: it promises no beats."""
+    restarts: Restarts = field(default_factory=Restarts)
 
 
 def serve(settings: Settings, environ: Mapping[str, str] | None = None) -> int:
@@ -90,22 +106,20 @@ class Supervisor:
         ):
             with Display(self.log, json_output=self.settings.json_output) as self._display:
                 model = await self._model(folder)
-                engine = await self._start_engine(folder, model)
+                engine = await self._engine(folder, model)
                 # Already now: they load while the engine does, and a broken tokenizer is told before the model is in.
                 workers = [
-                    await self._start_worker(worker, folder, model, taken)
-                    for worker in range(self.settings.http_workers)
+                    await self._worker(worker, folder, model, taken) for worker in range(self.settings.http_workers)
                 ]
-                await self._ready(engine)
+                await self._ready(engine.child)
                 runtime.listen(taken)
-                for child in workers:
-                    await self._ready(child)
+                for worker in workers:
+                    await self._ready(worker.child)
             self._display = None
             hostname, port = taken.getsockname()[:2]
-            taken.close()  # the workers have it; the port must close when the last of them stops accepting
             shown = f"[{hostname}]" if ":" in hostname else hostname
             logger.info("Ready at http://%s:%d after %.1f s", shown, port, time.monotonic() - began)
-            return await self._watch(engine, workers)
+            return await self._watch(engine, workers, folder, taken)
 
     # Start.
 
@@ -132,13 +146,17 @@ class Supervisor:
         self._children.remove(child)
         return path
 
-    async def _start_engine(self, folder: RuntimeFolder, model: Path) -> Child:
+    async def _engine(self, folder: RuntimeFolder, model: Path) -> _Place:
         assignment = replace(
             self._assignment("engine", folder), settings=self.settings.without_secrets(), model_path=str(model)
         )
-        return await self._start("tgi_gateway.launcher.engine_process", assignment)
 
-    async def _start_worker(self, worker: int, folder: RuntimeFolder, model: Path, taken: socket.socket) -> Child:
+        def start(restarts: int) -> Awaitable[Child]:
+            return self._start("tgi_gateway.launcher.engine_process", replace(assignment, restarts=restarts))
+
+        return _Place("engine", start, await start(0), self.settings.restart_engine, self.settings.engine_timeout)
+
+    async def _worker(self, worker: int, folder: RuntimeFolder, model: Path, taken: socket.socket) -> _Place:
         assignment = replace(
             self._assignment(f"http-{worker}", folder),
             settings=replace(self.settings, hf_token=None),
@@ -148,7 +166,12 @@ class Supervisor:
         )
         # A worker's own threads are few and short; the cores belong to the engine.
         few = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(self.settings.validation_workers)}
-        return await self._start("tgi_gateway.launcher.http_process", assignment, few, keep_fds=(taken.fileno(),))
+
+        def start(restarts: int) -> Awaitable[Child]:
+            module, told = "tgi_gateway.launcher.http_process", replace(assignment, restarts=restarts)
+            return self._start(module, told, few, keep_fds=(taken.fileno(),))
+
+        return _Place(assignment.process, start, await start(0), lasting=True)
 
     def _assignment(self, process: str, folder: RuntimeFolder) -> Assignment:
         return Assignment(
@@ -157,13 +180,14 @@ class Supervisor:
             report_fd=-1,
             runtime_folder=str(folder.path),
             socket_path=str(folder.socket),
+            metrics_folder=str(folder.metrics),
         )
 
     async def _start(
         self, module: str, assignment: Assignment, more: Mapping[str, str] | None = None, keep_fds: tuple[int, ...] = ()
     ) -> Child:
         environ = {name: value for name, value in self.environ.items() if name not in SECRET_VARIABLES}
-        environ["PROMETHEUS_MULTIPROC_DIR"] = str(Path(assignment.runtime_folder) / "metrics")
+        environ["PROMETHEUS_MULTIPROC_DIR"] = assignment.metrics_folder
         environ["PYTHONUNBUFFERED"] = "1"
         environ |= {name: value for name, value in (more or {}).items() if name not in self.environ}
         child = await processes.start(module, assignment, environ=environ, on_line=self._on_line, keep_fds=keep_fds)
@@ -208,31 +232,87 @@ class Supervisor:
 
     # Run and stop.
 
-    async def _watch(self, engine: Child, workers: list[Child]) -> int:
-        """Until a signal or the first death."""
+    async def _watch(
+        self, engine: _Place, workers: Sequence[_Place], folder: RuntimeFolder, taken: socket.socket
+    ) -> int:
+        """Until a signal, or an end that no restart mends."""
+        places = [engine, *workers]
+        keeping = [asyncio.create_task(self._keep(place, folder)) for place in places]
         signalled = asyncio.create_task(self._signalled.wait())
-        events: list[asyncio.Task[Any]] = [signalled, *(child.exit for child in (engine, *workers))]
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-        dead = next((child for child in (engine, *workers) if child.exit.done()), None)
-        if dead is not None and not self._signals:
-            signalled.cancel()
-            return await self._fail(dead, engine, workers)
-        return await self._drain(engine, workers)
-
-    async def _fail(self, dead: Child, engine: Child, workers: list[Child]) -> int:
-        logger.error("%s %s; stopping the server", dead.name, processes.ending(dead.exit.result()))
-        grace = AFTER_FAILURE_S if dead is engine else self.settings.graceful_termination_timeout + MARGIN_S
-        await self._stop_all([child for child in workers if child.alive], grace)
-        if engine.alive:
-            await self._stop_all([engine], MARGIN_S)
+        try:
+            await asyncio.wait([signalled, *keeping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (signalled, *keeping):
+                task.cancel()
+            await asyncio.gather(signalled, *keeping, return_exceptions=True)
+        taken.close()  # the port must close when the last worker stops accepting
+        alive = [place.child for place in workers if place.child.alive]
+        if self._signals:
+            return await self._drain(engine.child, alive)
+        for place, task in zip(places, keeping, strict=True):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("%s; stopping the server", error)
+                await self._fail(place is engine, engine.child, alive)
         return 1
 
-    async def _drain(self, engine: Child, workers: list[Child]) -> int:
+    async def _keep(self, place: _Place, folder: RuntimeFolder) -> None:
+        """Have a process in `place` for ever. Raises `StartError` when that cannot be done."""
+        ready_at: float | None = time.monotonic()
+        while True:
+            hung = await self._end_of(place)
+            served_s = None if ready_at is None else time.monotonic() - ready_at
+            place.child.kill()  # those that it had started
+            if place.child in self._children:
+                self._children.remove(place.child)
+            folder.forget(place.child.process.pid)
+            how = (
+                f"made no progress for {place.beats_within_s:g} s and was killed"
+                if hung
+                else processes.ending(place.child.exit.result())
+            )
+            delay_s = place.restarts.delay_s(served_s) if place.lasting else None
+            if delay_s is None:
+                raise StartError(f"{place.name} {how}")
+            logger.error("%s %s; starting it again%s", place.name, how, f" in {delay_s:g} s" if delay_s else "")
+            await asyncio.sleep(delay_s)
+            place.child = await place.start(place.restarts.total)
+            began, ready_at = time.monotonic(), None
+            try:
+                await place.child.ready()
+            except StartError as error:
+                logger.error("%s did not start: %s", place.name, error)
+                continue
+            ready_at = time.monotonic()
+            logger.info("%s is back after %.1f s", place.name, ready_at - began)
+
+    async def _end_of(self, place: _Place) -> bool:
+        """Wait until the process has ended; True if that was because it hung."""
+        child = place.child
+        if not place.beats_within_s:
+            await asyncio.wait([child.exit])
+            return False
+        silence = asyncio.create_task(child.reports.silence(place.beats_within_s))
+        try:
+            ends: list[asyncio.Task[Any]] = [child.exit, silence]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            silence.cancel()
+        if child.exit.done():
+            return False
+        child.kill()
+        await asyncio.wait([child.exit])
+        return True
+
+    async def _fail(self, without_engine: bool, engine: Child, workers: Sequence[Child]) -> None:
+        grace = AFTER_FAILURE_S if without_engine else self.settings.shutdown_timeout + MARGIN_S
+        await self._stop_all(workers, grace)
+        if engine.alive:
+            await self._stop_all([engine], MARGIN_S)
+
+    async def _drain(self, engine: Child, workers: Sequence[Child]) -> int:
         name = signal.Signals(self._signals[0]).name
-        logger.info(
-            "%s: no new requests; accepted ones have %d s to finish", name, self.settings.graceful_termination_timeout
-        )
-        clean = await self._stop_all(workers, self.settings.graceful_termination_timeout + MARGIN_S)
+        logger.info("%s: no new requests; accepted ones have %d s to finish", name, self.settings.shutdown_timeout)
+        clean = await self._stop_all(workers, self.settings.shutdown_timeout + MARGIN_S)
         clean = await self._stop_all([engine], MARGIN_S) and clean
         if len(self._signals) > 1:
             logger.warning("Stopped at once by a second signal")
@@ -240,7 +320,7 @@ class Supervisor:
         logger.info("Stopped" if clean else "Stopped; a process had to be killed")
         return 0
 
-    async def _stop_all(self, children: list[Child], timeout_s: float) -> bool:
+    async def _stop_all(self, children: Sequence[Child], timeout_s: float) -> bool:
         """End them, at once if a second signal comes; False if one had to be killed."""
         if not children:
             return True

@@ -17,11 +17,10 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.utils import floatToGoString
 
 from tgi_gateway.api.generation import Generation
@@ -44,19 +43,6 @@ SKIPPED: tuple[float, ...] = tuple(float(count) for count in range(17))
 def linear(limit: int) -> tuple[float, ...]:
     """Hundred equal buckets up to `limit`."""
     return tuple(round(limit / 100 * step, 6) for step in range(1, 101))
-
-
-def prepare_directory(path: Path) -> None:
-    """Make the folder of shared values, empty of an earlier run's; before any process with the variable starts."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for file in path.glob("*.db"):
-        file.unlink()
-
-
-def forget_process(pid: int) -> None:
-    """Drop the gauges of a process that has died; what it counted stays counted."""
-    if os.environ.get(DIRECTORY_VARIABLE):
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
 class Tally:

@@ -49,14 +49,18 @@ class RemoteBackend:
         socket_path: Path,
         *,
         worker: int = 0,
-        connect_timeout_s: float = 60.0,
+        connect_timeout_s: float | None = 60.0,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
-        """`on_lost` is called in the event loop with the reason, after the open requests have failed."""
+        """`connect_timeout_s`: how long `start` waits for the host; None: for ever.
+
+        `on_lost` is called in the event loop with the reason, after the open requests have failed.
+        """
         self._target = address(socket_path)
         self._worker = worker
         self._connect_timeout_s = connect_timeout_s
         self._on_lost = on_lost
+        self._when_attached: Callable[[ModelInfo], None] | None = None
         self._lock = threading.Lock()  # guards the next five
         self._attached = False
         self._stopping = False
@@ -80,6 +84,15 @@ class RemoteBackend:
             raise RuntimeError("capabilities are known after start()")
         return self._capabilities
 
+    @property
+    def attached(self) -> bool:
+        """Whether a host is there now."""
+        return self._attached
+
+    def when_attached(self, call: Callable[[ModelInfo], None]) -> None:
+        """`call` is told, in the event loop, of each host that takes the place of one that went away."""
+        self._when_attached = call
+
     async def start(self, emit: Emit) -> ModelInfo:
         """Connect, waiting for the host if it is not there yet. `emit` is called in this event loop."""
         self._emit = emit
@@ -94,7 +107,7 @@ class RemoteBackend:
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else None
             raise StartError(
                 f"the engine host does not answer on {self._target}: "
-                f"{detail or f'no answer in {self._connect_timeout_s:g} s'}. See the host's log."
+                f"{detail or f'no answer in {self._connect_timeout_s} s'}. See the host's log."
             ) from error
         self._task = asyncio.create_task(self._run(call))
         return decode_model(welcome.model)
@@ -231,7 +244,9 @@ class RemoteBackend:
         while True:
             await asyncio.sleep(RECONNECT_S)
             with contextlib.suppress(grpc.RpcError, StartError):
-                call, _welcome = await self._attach()
+                call, welcome = await self._attach()
+                if self._when_attached is not None:
+                    self._when_attached(decode_model(welcome.model))
                 return call
 
     async def _exchange(self, call: Call) -> str:
