@@ -75,7 +75,9 @@ def test_the_end_of_the_drain_is_told_to_those_that_it_cuts_short(byte_model: Pa
         (streamed,) = begun(gateway, pool, 1, 4000)
         body = {"inputs": "abc", "parameters": {"max_new_tokens": 4000}}
         whole = pool.submit(httpx.post, f"{gateway.url}/generate", json=body, timeout=WAIT_S)
-        time.sleep(0.3)
+        deadline = time.monotonic() + WAIT_S
+        while "tgi_request_count 2.0" not in httpx.get(f"{gateway.url}/metrics").text:
+            assert time.monotonic() < deadline
         gateway.process.send_signal(signal.SIGTERM)
         assert gateway.end() == 0
         last = streamed.result(WAIT_S)[-1]
