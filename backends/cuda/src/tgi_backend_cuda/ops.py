@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tgi_backend_cuda.native.linear import supports_linear
+from tgi_backend_cuda.native.ops import NativeOps
 from tgi_backend_cuda.prefill import PlannedPrompts
 from tgi_model_server.device import Norm
+from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import TritonAttentionPlan
 
@@ -20,10 +23,53 @@ class CudaAttentionPlan(TritonAttentionPlan):
     prompts: PlannedPrompts | None = None
 
 
+NATIVE_TOKENS = (1, 2, 4, 8)
+"""Sizes of steps for which the native kernels are compiled: the smallest graphs."""
+
+
 class CudaOps(TritonOps):
-    """As `TritonOps`; logits come in float32 straight from the product's accumulators."""
+    """As `TritonOps`; steps of very few tokens go through the native kernels, which read weights faster than the
+    library and overlap each other. Logits come in float32 straight from the product's accumulators.
+    """
+
+    def __init__(self, tuning: Tuning, native: NativeOps | None = None) -> None:
+        super().__init__(tuning)
+        self._native = native
+
+    def _suited(self, x: torch.Tensor, *, normed: bool) -> NativeOps | None:
+        tokens, columns = x.shape
+        if tokens not in NATIVE_TOKENS or not supports_linear(tokens, columns, x.dtype, normed=normed):
+            return None
+        return self._native
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        native = self._suited(x, normed=False)
+        return super().linear(x, weight, bias) if native is None else native.linear(x, weight, bias)
+
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor:
+        native = self._suited(x, normed=False)
+        if native is None:
+            return super().linear_add(x, weight, bias, residual)
+        return native.linear_add(x, weight, residual, bias)
+
+    def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        native = self._suited(x, normed=True)
+        if native is None:
+            return super().norm_linear(x, norm, weight, bias)
+        return native.norm_linear(x, norm.weight, norm.eps, weight, bias)
+
+    def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        native = self._suited(x, normed=True)
+        if native is None:
+            return super().norm_gated(x, norm, weight, bias)
+        return native.norm_gated(x, norm.weight, norm.eps, weight, bias)
 
     def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+        native = self._suited(x, normed=True)
+        if native is not None:
+            return native.norm_head(x, norm.weight, norm.eps, weight)
         normed = self.rms_norm(x, norm.weight, norm.eps)
         if normed.dtype == torch.float32:
             return F.linear(normed, weight)

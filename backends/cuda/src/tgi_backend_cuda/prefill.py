@@ -7,12 +7,9 @@ first one compiles beside its work and uses Triton's kernels; later ones find Fl
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
@@ -28,13 +25,7 @@ _WORKSPACE_BYTES = 256 << 20
 _HEAD_DIMS = (64, 128, 256)
 _FEWEST_TOKENS = 64
 """New tokens of rows that have several; for fewer, planning costs more than it saves."""
-_NO_JIT = "FLASHINFER_DISABLE_JIT"
-_BUILD = (
-    "import sys, torch; from flashinfer.prefill import get_batch_prefill_module as build; "
-    "dtype = getattr(torch, sys.argv[1]); head_dim = int(sys.argv[2]); "
-    "build(sys.argv[3], dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False, False)"
-)
-"""As `BatchPrefillWithPagedKVCacheWrapper.plan` builds it for `PromptAttention`."""
+_COMPILE = "import sys; from tgi_backend_cuda.prefill import compile_module; compile_module(*sys.argv[1:])"
 
 
 class PromptAttention:
@@ -105,22 +96,35 @@ def prompt_attention(
     if not usual or shape.head_dim not in _HEAD_DIMS or find_spec("flashinfer") is None:
         return None
     try:
-        made = PromptAttention(shape, layout, device, in_flight)
-        probe = StepPlan(query_lens=[_FEWEST_TOKENS], kv_lens=[_FEWEST_TOKENS], pages=[[0] * _FEWEST_TOKENS])
-        with _without_compiling():
-            made.plan(probe)
-    except Exception as error:
-        if _compiler_needed(error):
+        if not _is_compiled(shape, device):
             _compile_beside(shape, device)
-        else:
-            log.warning("FlashInfer cannot be used, Triton's kernels stand in: %s: %s", type(error).__name__, error)
+            return None
+        made = PromptAttention(shape, layout, device, in_flight)
+    except Exception as error:
+        log.warning("FlashInfer cannot be used, Triton's kernels stand in: %s: %s", type(error).__name__, error)
         return None
     log.info("prompts use FlashInfer's attention (%s)", _kind(device))
     return made
 
 
-def _compiler_needed(error: Exception) -> bool:
-    return type(error).__name__ == "MissingJITCacheError"
+def _is_compiled(shape: AttentionShape, device: torch.device) -> bool:
+    from flashinfer.prefill import gen_batch_prefill_module
+
+    return bool(gen_batch_prefill_module(_kind(device), *_module(shape.dtype, shape.head_dim)).is_compiled)
+
+
+def _module(dtype: torch.dtype, head_dim: int) -> tuple[object, ...]:
+    """What `BatchPrefillWithPagedKVCacheWrapper.plan` compiles: dtypes of queries, keys, results, page ids; head
+    dimensions; no rotation, window, cap or half-precision sums.
+    """
+    return (dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False, False)
+
+
+def compile_module(dtype: str, head_dim: str, kind: str) -> None:
+    """In a process of its own: see `_compile_beside`."""
+    from flashinfer.prefill import gen_batch_prefill_module
+
+    gen_batch_prefill_module(kind, *_module(getattr(torch, dtype), int(head_dim))).build_and_load()
 
 
 def _kind(device: torch.device) -> str:
@@ -128,24 +132,11 @@ def _kind(device: torch.device) -> str:
     return "fa3" if torch.cuda.get_device_capability(device)[0] == 9 else "fa2"
 
 
-@contextmanager
-def _without_compiling() -> Iterator[None]:
-    before = os.environ.get(_NO_JIT)
-    os.environ[_NO_JIT] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_NO_JIT]
-        else:
-            os.environ[_NO_JIT] = before
-
-
 def _compile_beside(shape: AttentionShape, device: torch.device) -> None:
     if device.index:
         return  # the first rank's compilation serves all
     dtype = str(shape.dtype).removeprefix("torch.")
-    command = [sys.executable, "-c", _BUILD, dtype, str(shape.head_dim), _kind(device)]
+    command = [sys.executable, "-c", _COMPILE, dtype, str(shape.head_dim), _kind(device)]
     log.info("FlashInfer's kernels are being compiled beside the server's work; its next start will use them")
 
     def run() -> None:
