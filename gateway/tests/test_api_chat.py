@@ -122,7 +122,8 @@ async def test_an_end_of_sequence_reads_stop_and_shows_no_text(start_worker: Cal
 async def test_logprobs_tell_token_bytes_and_alternatives(worker: Worker) -> None:
     wanted = body("é", max_tokens=8, logprobs=True, top_logprobs=2)
     content = (await worker.answer(CHAT, wanted))["choices"][0]["logprobs"]["content"]
-    assert [each["token"] for each in content] == [*"<user>", "", "é"]
+    assert [each["token"] for each in content] == [*"<user>", "\ufffd", "\ufffd"]
+    assert bytes(byte for each in content for byte in each["bytes"]).decode() == "<user>é"
     assert content[0]["bytes"] == [ord("<")]
     assert [each["token"] for each in content[0]["top_logprobs"]] == ["<", "="]
     assert content[0]["logprob"] == content[0]["top_logprobs"][0]["logprob"] < 0
@@ -248,9 +249,107 @@ async def test_penalties_are_the_models_own(worker: Worker) -> None:
     assert "`presence_penalty` must be" in await worker.error(CHAT, body(presence_penalty=2.5))
 
 
-async def test_logit_bias_is_refused_by_an_engine_without_it(worker: Worker) -> None:
-    assert "does not support `logit_bias`" in await worker.error(CHAT, body(logit_bias={"5": 1}))
+async def test_logit_bias_is_a_map_from_token_to_bias(worker: Worker) -> None:
+    forced = FIRST_BYTE + ord("z") - ord("!")
+    answer = await worker.answer(CHAT, body(max_tokens=5, logit_bias={str(forced): 100}))
+    assert text_of(answer) == "zzzzz"
+    banned = FIRST_BYTE + ord("<") - ord("!")
+    assert not text_of(await worker.answer(CHAT, body(max_tokens=5, logit_bias={str(banned): -100}))).startswith("<")
     assert "names token 9999" in await worker.error(CHAT, body(logit_bias={"9999": 1}))
+
+
+async def test_logit_bias_is_refused_by_an_engine_without_it(start_worker: Callable[..., Any]) -> None:
+    features = ECHO_CAPABILITIES.features - {"logit_bias"}
+    able = replace(ECHO_CAPABILITIES, features=features)
+    worker: Worker = await start_worker(EchoBackend(byte_toy(), capabilities=able))
+    assert "does not support `logit_bias`" in await worker.error(CHAT, body(logit_bias={"5": 1}), 400)
+
+
+async def test_more_alternatives_may_be_asked_for_than_on_native_routes(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker()
+    (told,) = (await worker.answer(CHAT, body(max_tokens=1, top_logprobs=20)))["choices"][0]["logprobs"]["content"]
+    assert len(told["top_logprobs"]) == 20
+    refused = await worker.error(CHAT, body(top_logprobs=21))
+    assert refused == "Input validation error: `top_n_tokens` must be >= 0 and <= 20. Given: 21"
+    native = {"inputs": "a", "parameters": {"top_n_tokens": 6}}
+    assert "must be >= 0 and <= 5. Given: 6" in await worker.error("/generate", native)
+    told_how_many: Worker = await start_worker(max_top_n_tokens=3, given=("max_top_n_tokens",))
+    assert "<= 3. Given: 4" in await told_how_many.error(CHAT, body(top_logprobs=4))
+
+
+async def test_an_answer_that_is_too_long_is_told_by_openais_code(worker: Worker) -> None:
+    response = await worker.post(CHAT, body(max_tokens=512))
+    assert response.status_code == 422
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    refused = await worker.post(CHAT, body(min_tokens=9, max_tokens=3))
+    assert refused.json()["error"]["param"] == "min_tokens"
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": "http://127.0.0.1/x.png"}, "image"),
+        ({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, "audio"),
+        ({"type": "file", "file": {"file_id": "f"}}, "file"),
+        ({"type": "video_url", "video_url": {"url": "http://127.0.0.1/x"}}, "video"),
+    ],
+)
+async def test_media_are_refused(worker: Worker, part: dict[str, Any], kind: str) -> None:
+    for stream in (False, True):
+        refused = await worker.error(CHAT, body([{"type": "text", "text": "a"}, part], stream=stream), 400)
+        assert refused == f"Input validation error: {kind} modality is not supported"
+
+
+async def test_the_last_message_is_continued_or_answered_as_asked(worker: Worker) -> None:
+    async def prompt(*turns: tuple[str, str], **fields: Any) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return str((await worker.answer("/chat_tokenize", {"messages": messages} | fields))["templated_text"])
+
+    turns = (("user", "q"), ("assistant", "a b "))
+    assert await prompt(*turns) == "<user>q<assistant>a b"
+    assert await prompt(*turns, continue_final_message=True) == "<user>q<assistant>a b"
+    assert await prompt(*turns, continue_final_message=True, add_generation_prompt=False) == "<user>q<assistant>a b"
+    assert await prompt(*turns, continue_final_message=False) == "<user>q<assistant>a b <bot>"
+    assert await prompt(*turns, add_generation_prompt=True) == "<user>q<assistant>a b <bot>"
+    assert await prompt(*turns, add_generation_prompt=False) == "<user>q<assistant>a b "
+    assert await prompt(("user", "Once upon"), continue_final_message=True) == "<user>Once upon"
+    wrong = {"messages": [{"role": "user", "content": "q"}], "continue_final_message": True}
+    assert "exclude each other" in await worker.error(CHAT, wrong | {"add_generation_prompt": True})
+    empty = {"messages": [{"role": "user", "content": ""}], "continue_final_message": True}
+    assert "needs a last message with text" in await worker.error(CHAT, empty)
+
+
+async def test_only_arguments_that_the_template_reads_may_be_given(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ChatTemplate(
+        {"default": "{{ bos_token }}{{ style or 'plain' }}: {{ messages[0].content }}"}, {"bos_token": "<s>"}
+    )
+    monkeypatch.setattr(worker.services, "chat_template", template)
+
+    async def shown(**arguments: Any) -> str:
+        asked = body("hi", chat_template_kwargs=arguments)
+        return str((await worker.answer("/chat_tokenize", asked))["templated_text"])
+
+    assert await shown() == "<s>plain: hi"
+    assert await shown(style="bold") == "<s>bold: hi"
+    assert await shown(enable_thinking=False) == "<s>plain: hi"
+    for name in ("messages", "bos_token", "tokenize", "add_generation_prompt", "raise_exception", "other"):
+        response = await worker.post(CHAT, body(chat_template_kwargs={name: "x"}))
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == f"chat_template_kwargs.{name}"
+        assert "it reads: `style`" in error_text(response.json())
+
+
+async def test_logprobs_tell_each_tokens_own_text_and_bytes(worker: Worker) -> None:
+    answer = await worker.answer(CHAT, body([{"type": "text", "text": "ä"}], max_tokens=13, logprobs=True))
+    told = answer["choices"][0]["logprobs"]["content"]
+    text = bytes(byte for each in told for byte in each["bytes"]).decode()
+    assert text == text_of(answer) == "<user>ä<bot>"
+    assert [each["bytes"] for each in told[6:8]] == [[0xC3], [0xA4]]
+    stopped = await worker.answer(CHAT, body("abc", max_tokens=14, logprobs=True, stop=["c<bo"]))
+    assert text_of(stopped) == "<user>ab"
+    assert "".join(each["token"] for each in stopped["choices"][0]["logprobs"]["content"]) == "<user>abc<bo"
 
 
 async def test_stop_tokens_minimum_and_ignored_ends_are_honoured(worker: Worker) -> None:

@@ -374,6 +374,15 @@ async def test_tokenize_tells_bytes_of_the_text(worker: Worker) -> None:
     assert await worker.answer("/tokenize", {"inputs": ""}) == []
 
 
+async def test_tokens_become_their_text_again(worker: Worker) -> None:
+    text = "Grüße, 世界 <s>"
+    ids = [token["id"] for token in await worker.answer("/tokenize", {"inputs": text})]
+    assert await worker.answer("/detokenize", {"tokens": ids}) == {"text": "Grüße, 世界 "}
+    assert await worker.answer("/detokenize", {"tokens": ids, "skip_special_tokens": False}) == {"text": text}
+    assert await worker.answer("/detokenize", {"tokens": []}) == {"text": ""}
+    assert "names token 99999" in await worker.error("/detokenize", {"tokens": [3, 99999]}, 422)
+
+
 async def test_an_ending_that_comes_a_step_late_still_ends_the_last_event(start_worker: Callable[..., Any]) -> None:
     class Late(EchoBackend):
         """Sends each ending in a step of its own."""

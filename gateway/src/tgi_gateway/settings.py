@@ -141,6 +141,10 @@ class Settings:
     public_routes: tuple[str, ...] = _flag(
         ("/health", "/health/ready", "/ping"), SERVER, comma_list(TEXT, "ROUTE,..."), "Routes that need no API key."
     )
+    compute_type: str | None = _flag(
+        None, SERVER, TEXT, "Told in the header x-compute-type.", shown_default="number and kind of the devices",
+        typed=False,
+    )  # fmt: skip
     aip_predict_route: str | None = _flag(None, SERVER, TEXT, "On Vertex AI: a further path of /vertex.", typed=False)
     aip_health_route: str | None = _flag(
         None, SERVER, TEXT, "On Vertex AI: a further path of /health; it needs no API key.", typed=False

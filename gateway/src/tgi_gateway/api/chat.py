@@ -21,6 +21,7 @@ from tgi_gateway.api.conversation import prompt_of
 from tgi_gateway.api.errors import NATIVE, OPENAI, BatchTooLarge
 from tgi_gateway.api.generation import Generation, Piece
 from tgi_gateway.api.grammars import constraint_of
+from tgi_gateway.api.logprobs import Logprobs, chat_logprobs
 from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import (
     FINGERPRINT,
@@ -37,7 +38,6 @@ from tgi_gateway.api.tgi import SimpleToken, simple_tokens
 from tgi_gateway.api.tool_choice import grammar_of, offer_of, reading_of
 from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.prompt import validate
-from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
 from tgi_gateway.types import FinishReason
 
@@ -47,23 +47,6 @@ MAX_CHOICES = 128
 """Of one prompt, as at OpenAI."""
 ANY_MODEL = "tgi"
 """The model's name in requests that do not care."""
-
-
-class TopLogprob(Struct):
-    token: str
-    logprob: float | None
-    bytes: list[int]
-
-
-class TokenLogprob(Struct):
-    token: str
-    logprob: float | None
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(Struct):
-    content: list[TokenLogprob]
 
 
 class FunctionCall(Struct):
@@ -258,7 +241,7 @@ async def answer(services: Services, request: Request, body: ChatBody) -> Respon
             ChatChoice(
                 index=index,
                 message=_message(reader, body),
-                logprobs=_logprobs(services.tokenizer, answer.pieces) if with_logprobs else None,
+                logprobs=chat_logprobs(services.tokenizer, answer.pieces) if with_logprobs else None,
                 finish_reason=reason_of(answer.generation, reader),
             )
             for index, (answer, reader) in enumerate(zip(answers, readers, strict=True))
@@ -292,14 +275,14 @@ async def prepare(services: Services, body: ChatBody) -> Prepared:
     refuse_unknown_wishes(body)
     offer = offer_of(body)
     parameters = parameters_of(services, body)
-    validate.check(parameters, services.limits)
+    validate.check(parameters, services.openai_limits)
     prompt = await prompt_of(services, body, offer)
     reading = reading_of(services, body, offer, prompt)
     parameters = replace(parameters, grammar=grammar_of(services, offer, reading, parameters.grammar))
     valid = await validate.validate(
         prompt,
         parameters,
-        services.limits,
+        services.openai_limits,
         services.tokenizer,
         add_special_tokens=bool(body.add_special_tokens),
     )
@@ -423,7 +406,7 @@ class _Choice:
         return '"content":""' if self.prepared.reading.plain else ""
 
     def _told(self, pieces: Sequence[Piece]) -> str:
-        return msgspec.json.encode(_logprobs(self.services.tokenizer, pieces)).decode()
+        return msgspec.json.encode(chat_logprobs(self.services.tokenizer, pieces)).decode()
 
     def _deltas(self, parts: Sequence[Part]) -> list[str]:
         """The inside of each delta."""
@@ -442,23 +425,6 @@ class _Choice:
                 )
             case CallGrown(index, text):
                 return f'"tool_calls":[{{"index":{index},"function":{{"arguments":{quoted(text)}}}}}]'
-
-
-def _logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Logprobs:
-    return Logprobs(
-        [
-            TokenLogprob(
-                piece.text,
-                piece.logprob,
-                list(piece.text.encode()),
-                [
-                    TopLogprob(text, logprob, list(text.encode()))
-                    for text, logprob in ((tokenizer.token_text(token_id), value) for token_id, value in piece.top)
-                ],
-            )
-            for piece in pieces
-        ]
-    )
 
 
 def cached_tokens(generation: Generation) -> int | None:

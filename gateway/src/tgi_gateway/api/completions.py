@@ -200,7 +200,7 @@ async def _prepare(services: Services, body: CompletionBody) -> tuple[list[Promp
         valid = await validate.validate(
             prompt.inputs,
             parameters,
-            services.limits,
+            services.openai_limits,
             services.tokenizer,
             add_special_tokens=body.add_special_tokens is not False,
         )

@@ -34,6 +34,8 @@ log = logging.getLogger("tgi_gateway.request")
 
 T = TypeVar("T")
 
+MAX_TOP_LOGPROBS = 20
+
 VERSION = version("tgi-gateway")
 FINGERPRINT = f"{VERSION}-native"
 
@@ -76,6 +78,8 @@ class Services:
     """Whether the engine is there, be it well or not."""
     doors: Doors = field(default_factory=Doors)
     limits: Limits = field(init=False)
+    openai_limits: Limits = field(init=False)
+    """Of OpenAI's routes, whose clients may ask for more alternatives than TGI's, unless the operator says how many."""
     permits: Permits = field(init=False)
     adapters: frozenset[str] = field(init=False)
     compute_type: str = field(init=False)
@@ -98,9 +102,12 @@ class Services:
     def serve(self, info: ModelInfo) -> None:
         """From now on with this engine: one that was started again may have other limits."""
         self.info = info
-        self.limits = Limits.of(self.settings, info)
+        self.limits = self.openai_limits = Limits.of(self.settings, info)
+        if "max_top_n_tokens" not in self.settings.given:
+            self.openai_limits = replace(self.limits, max_top_n_tokens=MAX_TOP_LOGPROBS)
         self.eos_token_ids = frozenset(info.eos_token_ids)
-        self.compute_type = f"{self.settings.num_shard or 1}-{info.device or 'unknown'}"
+        kind = f"{self.settings.num_shard or 1}-{info.device or 'unknown'}"
+        self.compute_type = self.settings.compute_type or kind
 
     def check_open(self) -> None:
         """Raises `Unhealthy` if a request that comes now could not be taken."""
@@ -256,6 +263,7 @@ class Call:
         if log.isEnabledFor(logging.INFO):
             told = logs.span(
                 self.route,
+                request_id=generation.request.name,
                 total_time=duration(times.total),
                 validation_time=duration(times.validation),
                 queue_time=duration(times.queue),
@@ -274,13 +282,16 @@ class Call:
         """Account for a request that ended without its answer."""
         if isinstance(error, ClientGone):
             self.services.metrics.failure("dropped")
-            log.info("Client hung up", extra=logs.span(self.route))
+            log.info("Client hung up", extra=self._span())
             return
         known = error if isinstance(error, GatewayError) else INTERNAL  # whoever answers logs the traceback
         label = failure_label(known)
         if label is not None:
             self.services.metrics.failure(label)
-        log.log(level_of(known), "%s", known, extra=logs.span(self.route, error_type=known.error_type))
+        log.log(level_of(known), "%s", known, extra=self._span(error_type=known.error_type))
+
+    def _span(self, **values: object) -> dict[str, Any]:
+        return logs.span(self.route, request_id=caller.current().request_id, **values)
 
     def account(self, answers: Sequence[Answer], characters: int, *, elapsed: bool = True) -> None:
         """Record finished answers and fill the response headers with their sums."""

@@ -51,16 +51,18 @@ def choose(
     output: Sequence[int],
     banned: Sequence[int] = (),
 ) -> int:
-    """The next token: penalties, temperature, top-k, top-p, min-p, then the arg-max or a draw.
+    """The next token: logit bias, penalties, temperature, top-k, top-p, min-p, then the arg-max or a draw.
 
-    Only the `SPREAD` most likely tokens are looked at; the others' share is below one in a billion.
+    Only the `SPREAD` most likely tokens and the biased ones are looked at; the others' share is below one in a billion.
     """
-    if not sampling.do_sample and expected not in banned and not _has_penalty(sampling):
+    if not sampling.do_sample and expected not in banned and not _has_penalty(sampling) and not sampling.logit_bias:
         return expected
     logits = {
-        (expected + distance) % vocab_size: float(SPREAD - distance)
-        for distance in range(min(SPREAD + len(banned), vocab_size))
+        (expected + distance) % vocab_size: float(SPREAD - min(distance, SPREAD))
+        for distance in range(min(SPREAD + len(banned) + len(sampling.logit_bias), vocab_size))
     }
+    for token_id, bias in sampling.logit_bias:
+        logits[token_id] = bias + SPREAD - min((token_id - expected) % vocab_size, SPREAD)
     for token_id in banned:
         logits.pop(token_id, None)
     _penalise(logits, sampling, prompt, output)

@@ -38,6 +38,7 @@ ECHO_CAPABILITIES = Capabilities(
             "repetition_penalty",
             "frequency_penalty",
             "presence_penalty",
+            "logit_bias",
             "logprobs",
             "top_n_tokens",
             "prefill_logprobs",
