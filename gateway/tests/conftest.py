@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.testing.echo import ECHO_CAPABILITIES, EchoBackend
+from tgi_gateway.testing.recorded import HERMES, Recorded
 from tgi_gateway.testing.worker import Worker, byte_toy, running_worker, write_byte_model
 
 
@@ -37,3 +39,18 @@ async def worker(start_worker: Callable[..., Any]) -> Worker:
     """Echoes: its answer to `abc` is `abcabc...` until `max_new_tokens`."""
     started: Worker = await start_worker()
     return started
+
+
+@pytest.fixture
+async def says(tmp_path: Path) -> AsyncGenerator[Callable[..., Any], None]:
+    """``await says("text", template)``: a worker whose model answers so, special tokens by their text."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            text: str, template: str = HERMES, special: tuple[str, ...] = (), grammar: bool = False, **settings: Any
+        ) -> Worker:
+            write_byte_model(tmp_path, template, special)
+            backend = Recorded(Tokenizer.from_folder(tmp_path).encode(text, False).ids, grammar=grammar)
+            return await stack.enter_async_context(running_worker(backend, tmp_path, **settings))
+
+        yield start

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tgi_gateway.backend import Feature
-from tgi_gateway.prompt.tokenizer import Tokenizer
-from tgi_gateway.testing.scripted import SCRIPTED_CAPABILITIES, Script, ScriptedBackend
-from tgi_gateway.testing.worker import VOCAB_SIZE, Worker, byte_toy, running_worker, write_byte_model
+from tgi_gateway.testing.recorded import HERMES, PLAIN, Recorded
+from tgi_gateway.testing.worker import Worker
 from tgi_gateway.types import Request
 
 CHAT = "/v1/chat/completions"
-PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-HERMES = (
-    "{% if tools %}<tools>{% for t in tools %}{{ t.function | tojson }}{% endfor %}</tools><tool_call>{% endif %}"
-    "{% for m in messages %}<{{ m.role }}{{ m.tool_call_id or '' }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<call {{ c.id }}>{{ c.function.name }}{{ c.function.arguments | tojson }}"
-    "{% endfor %}{% endfor %}"
-)
 THINKING = "{{ reasoning_effort }}{% if enable_thinking is false %}!{% endif %}{{ '</think>' }}" + PLAIN
 CALL = 'One é moment.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich 🙂"}}\n</tool_call>'
 TWO = f'{CALL}\n<tool_call>\n{{"name": "add", "arguments": {{}}}}\n</tool_call>'
@@ -32,38 +20,6 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}},
     {"type": "function", "function": {"name": "add", "description": "Adds"}},
 ]
-
-
-class Recorded(ScriptedBackend):
-    """Says one text, and keeps what it was asked."""
-
-    def __init__(self, ids: list[int], *, grammar: bool = False) -> None:
-        more: frozenset[Feature] = frozenset({"grammar"} if grammar else ())
-        super().__init__(
-            [Script.of(*ids)],
-            byte_toy(vocab_size=VOCAB_SIZE + 8, max_total_tokens=4096),
-            capabilities=replace(SCRIPTED_CAPABILITIES, features=SCRIPTED_CAPABILITIES.features | more),
-        )
-        self.asked: list[Request] = []
-
-    def submit(self, request: Request) -> None:
-        self.asked.append(request)
-        super().submit(request)
-
-
-@pytest.fixture
-async def says(tmp_path: Path) -> AsyncGenerator[Callable[..., Any], None]:
-    """``await says("text", template)``: a worker whose model answers so, special tokens by their text."""
-    async with AsyncExitStack() as stack:
-
-        async def start(
-            text: str, template: str = HERMES, special: tuple[str, ...] = (), grammar: bool = False, **settings: Any
-        ) -> Worker:
-            write_byte_model(tmp_path, template, special)
-            backend = Recorded(Tokenizer.from_folder(tmp_path).encode(text, False).ids, grammar=grammar)
-            return await stack.enter_async_context(running_worker(backend, tmp_path, **settings))
-
-        yield start
 
 
 def body(**more: Any) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def create_app(services: Services) -> FastAPI:
     settings = services.settings
     keys = Keys.of(settings)
     if keys is not None:
-        app.add_middleware(ApiKey, keys=keys, public_routes=settings.open_routes)
+        dialects = {route.path: route.dialect for route in routes}
+        app.add_middleware(ApiKey, keys=keys, public_routes=settings.open_routes, dialects=dialects)
     app.add_middleware(caller.Identify, timeout_s=settings.request_timeout)
     # Added last, so it is outermost: a browser must be able to read a 401, and its preflight carries no key.
     app.add_middleware(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tgi_gateway.api import caller
-from tgi_gateway.api.errors import openai_refusal
+from tgi_gateway.api.errors import NATIVE, OPENAI, Dialect, Rejection
 from tgi_gateway.errors import SettingsError
 from tgi_gateway.settings import Settings
 
@@ -71,8 +71,12 @@ class ApiKey:
     Anthropic's clients send ``x-api-key: KEY`` instead.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, public_routes: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, public_routes: Collection[str], dialects: Mapping[str, Dialect]
+    ) -> None:
+        """`dialects`: how errors are told under a path."""
         self._app = app
+        self._dialects = dialects
         self._keys = keys
         self._public = frozenset(public_routes)
 
@@ -80,7 +84,7 @@ class ApiKey:
         if scope["type"] == "http" and scope["path"] not in self._public:
             tenant = self._tenant(scope)
             if tenant is None:
-                await _refusal(scope["path"])(scope, receive, send)
+                await self._refusal(scope["path"])(scope, receive, send)
                 return
             caller.current().tenant = tenant
         await self._app(scope, receive, send)
@@ -93,10 +97,11 @@ class ApiKey:
         # Headers are read as Latin-1: encoding them so gives back the bytes that were sent.
         return self._keys.tenant(given.strip().encode("latin-1"))
 
-
-def _refusal(path: str) -> Response:
-    headers = {"www-authenticate": "Bearer"}
-    if path.startswith("/v1/"):
+    def _refusal(self, path: str) -> Response:
+        dialect = self._dialects.get(path, OPENAI if path.startswith("/v1/") else NATIVE)
         text = "Incorrect API key provided. Send it as `Authorization: Bearer KEY`."
-        return openai_refusal(401, text, "invalid_api_key", headers)
-    return Response(status_code=401, headers=headers)
+        response = Response(status_code=401)
+        if dialect is not NATIVE:
+            response = dialect.rejection(Rejection(401, text, "invalid_api_key"))
+        response.headers["www-authenticate"] = "Bearer"
+        return response

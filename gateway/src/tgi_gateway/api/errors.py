@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -32,9 +32,10 @@ INTERNAL = GatewayError("Internal server error")
 class Rejection(Exception):
     """A request that cannot be read as one. On native routes it is answered in plain text, as by TGI's framework."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, code: str | None = None) -> None:
         super().__init__(text)
         self.status = status
+        self.code = code
 
 
 class SuffixUnsupported(GatewayError):
@@ -75,6 +76,11 @@ class UnknownParameter(GatewayError):
 class Dialect(Protocol):
     """How a family of routes tells its errors."""
 
+    named_events: bool
+    """Whether the events of its streams have names: their documents' `type`."""
+    document: type
+    """An error's document, for the API description."""
+
     def status(self, error: GatewayError) -> int:
         """The HTTP status of an error response."""
         ...
@@ -83,7 +89,7 @@ class Dialect(Protocol):
         """The JSON document of an error response."""
         ...
 
-    def event(self, error: GatewayError) -> object:
+    def event(self, error: GatewayError) -> Mapping[str, Any]:
         """The JSON document of the event that ends a stream which has already begun."""
         ...
 
@@ -92,16 +98,45 @@ class Dialect(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorResponse:
+    """For the API description."""
+
+    error: str = field(metadata={"description": "What is wrong, in words."})
+    error_type: str = field(metadata={"description": "One of a closed set of names."})
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIError:
+    """What is wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None = field(default=None, metadata={"description": "The field of the request that is meant."})
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIErrorResponse:
+    """For the API description of OpenAI's routes."""
+
+    error: OpenAIError
+    error_type: str | None = field(default=None, metadata={"description": "TGI's name of the error."})
+
+
 class NativeDialect:
     """TGI's ErrorResponse, in responses and streams."""
+
+    named_events = False
+    document: type = ErrorResponse
 
     def status(self, error: GatewayError) -> int:
         return error.status
 
-    def body(self, error: GatewayError) -> object:
+    def body(self, error: GatewayError) -> Mapping[str, Any]:
         return {"error": str(error), "error_type": error.error_type}
 
-    def event(self, error: GatewayError) -> object:
+    def event(self, error: GatewayError) -> Mapping[str, Any]:
         if isinstance(error, IncompleteGeneration):
             why = str(error) if error.detail != IncompleteGeneration().detail else "Incomplete generation stream"
             return {"error": why, "error_type": "incomplete_generation_stream"}
@@ -114,6 +149,9 @@ class NativeDialect:
 class OpenAIDialect:
     """OpenAI's error object. TGI's `error_type` stays beside it, and its `http_status_code` in streams."""
 
+    named_events = False
+    document: type = OpenAIErrorResponse
+
     def status(self, error: GatewayError) -> int:
         return 400 if isinstance(error, Unsupported) else error.status
 
@@ -121,12 +159,12 @@ class OpenAIDialect:
         told = openai_error(str(error), self.status(error), error.code or error.error_type, parameter_of(error))
         return {"error": told, "error_type": error.error_type}
 
-    def event(self, error: GatewayError) -> object:
+    def event(self, error: GatewayError) -> Mapping[str, Any]:
         told = openai_error(str(error), self.status(error), error.code or error.error_type, parameter_of(error))
         return {"error": told | {"http_status_code": self.status(error)}, "error_type": error.error_type}
 
     def rejection(self, rejection: Rejection) -> Response:
-        return openai_refusal(rejection.status, str(rejection))
+        return openai_refusal(rejection.status, str(rejection), rejection.code)
 
 
 NATIVE = NativeDialect()
@@ -159,32 +197,6 @@ def parameter_of(error: GatewayError) -> str | None:
         return None
     named = re.search(r"`([^`]+)`", str(error))
     return _OPENAI_NAMES.get(named[1], named[1]) if named else None
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorResponse:
-    """For the API description."""
-
-    error: str = field(metadata={"description": "What is wrong, in words."})
-    error_type: str = field(metadata={"description": "One of a closed set of names."})
-
-
-@dataclass(frozen=True, slots=True)
-class OpenAIError:
-    """What is wrong, in OpenAI's form."""
-
-    message: str
-    type: str
-    param: str | None = field(default=None, metadata={"description": "The field of the request that is meant."})
-    code: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OpenAIErrorResponse:
-    """For the API description of OpenAI's routes."""
-
-    error: OpenAIError
-    error_type: str | None = field(default=None, metadata={"description": "TGI's name of the error."})
 
 
 def error_response(error: GatewayError, dialect: Dialect) -> Response:

@@ -48,6 +48,9 @@ class TextDecoder(Protocol):
 class StopMatcher(Protocol):
     """Finds stop strings in a stream of text, also across token borders."""
 
+    matched: str | None
+    """The one that was found."""
+
     def push(self, text: str) -> tuple[str, bool]:
         """(text that may be shown now, whether a stop string is complete)."""
         ...
@@ -146,6 +149,11 @@ class Generation:
     @property
     def text(self) -> str:
         return "".join(self.text_parts)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self._stops is None else self._stops.matched
 
     def __aiter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from tgi_gateway.api.errors import NATIVE, ErrorResponse, OpenAIErrorResponse
+from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.routes import Listed, Route
 
 _TGI_NAMES = {
@@ -56,12 +56,8 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _error_type(route: Route) -> type:
-    return ErrorResponse if route.dialect is NATIVE else OpenAIErrorResponse
-
-
 def _failure(route: Route, status: int, text: str) -> dict[str, Any]:
-    content = _json(_reference(_error_type(route)))
+    content = _json(_reference(route.dialect.document))
     if route.dialect is NATIVE and status in _UNREADABLE:
         plain = {"text/plain": {"schema": {"type": "string"}}}
         content = {**content, **plain} if status == 422 else plain
@@ -109,7 +105,7 @@ def _types(routes: Iterable[Route]) -> Iterator[type]:
         if route.shown:
             answer = route.answer.item if isinstance(route.answer, Listed) else route.answer
             yield from (kind for kind in (route.body, answer, route.event) if isinstance(kind, type))
-            yield _error_type(route)
+            yield route.dialect.document
 
 
 def description(app: FastAPI, routes: Sequence[Route]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -28,6 +28,11 @@ DONE = b"data: [DONE]\n\n"
 def event(document: object) -> bytes:
     """One event of the stream."""
     return b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+def named_event(document: Mapping[str, Any]) -> bytes:
+    """One event of a stream whose events have names: the document's `type`."""
+    return f"event: {document['type']}\n".encode() + event(document)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -141,7 +146,8 @@ class EventStream(Response):
             if not self._started:
                 await error_response(known, self._dialect)(scope, receive, send)
                 return
-            await self._close(send, event(self._dialect.event(known)))
+            last = self._dialect.event(known)
+            await self._close(send, named_event(last) if self._dialect.named_events else event(last))
         else:
             self._busy = True
             await self._close(send, b"")

@@ -76,13 +76,15 @@ class Scanner:
         self._kept: str | None = None
         """Text since `checkpoint`."""
         self._space = ""
-        """White space at the end of the text so far, which is dropped if a call follows."""
+        """White space at the end of the text so far, which is dropped if a call follows or all that follows one."""
+        self._called = False
         self._thought_space = ""
 
     # What parsers emit.
 
     def text(self, text: str) -> None:
         shown = (self._space + text).rstrip()
+        self._called = self._called and not shown
         self._space = (self._space + text)[len(shown) :]
         if shown:
             self._out.append(Text(shown))
@@ -97,6 +99,7 @@ class Scanner:
         """From here on there is no way back to `checkpoint`."""
         self._kept = None
         self._space = ""
+        self._called = True
         self._out.append(CallBegin(name))
 
     def arguments(self, text: str) -> None:
@@ -105,7 +108,7 @@ class Scanner:
 
     def finish(self) -> None:
         """The answer has ended."""
-        if self._space:
+        if self._space and not self._called:
             self._out.append(Text(self._space))
             self._space = ""
 

@@ -88,9 +88,15 @@ class _Automaton:
                 return state, position
         return state, 0
 
+    def matched(self, state: int) -> str:
+        """The stop string that ends in `state`."""
+        read = self.source[state][: self.depth[state]]
+        return read[len(read) - self.match_length[state] :]
+
 
 class _KeepingMatcher:
     def __init__(self, automaton: _Automaton) -> None:
+        self.matched: str | None = None
         self._automaton = automaton
         self._state = 0
         self._stopped = False
@@ -101,6 +107,7 @@ class _KeepingMatcher:
         self._state, read = self._automaton.run(self._state, text)
         if read:
             self._stopped = True
+            self.matched = self._automaton.matched(self._state)
             return text[:read], True
         return text, False
 
@@ -112,6 +119,7 @@ class _DroppingMatcher:
     """Holds back exactly the state's prefix: the longest end of the text that begins a stop string."""
 
     def __init__(self, automaton: _Automaton) -> None:
+        self.matched: str | None = None
         self._automaton = automaton
         self._state = 0
         self._stopped = False
@@ -127,6 +135,7 @@ class _DroppingMatcher:
         held = automaton.depth[before]
         if read:
             self._stopped = True
+            self.matched = automaton.matched(state)
             shown = held + read - automaton.match_length[state]
         else:
             shown = held + len(text) - automaton.depth[state]

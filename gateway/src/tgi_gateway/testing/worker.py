@@ -101,6 +101,17 @@ def parse_events(text: str) -> list[Any]:
     return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 
 
+def parse_named_events(text: str) -> list[Any]:
+    """The documents of a stream whose events have names."""
+    events = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        name, data = block.split("\n")
+        document = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {document['type']}"
+        events.append(document)
+    return events
+
+
 @asynccontextmanager
 async def running_worker(backend: Backend, folder: Path, **settings: Any) -> AsyncGenerator[Worker, None]:
     """Start `backend` and an HTTP worker that calls it directly. `settings` are fields of `Settings`."""
