@@ -12,7 +12,7 @@ PIP := .venv/bin/python -m pip
 MANIFESTS := $(CONSTRAINTS) pyproject.toml $(addsuffix /pyproject.toml,$(DEV_DISTRIBUTIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format contract bench proto clean
+.PHONY: help serve test test-gpu lint format contract bench proto clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ serve: .venv/serve ## Start the gateway on the CPU with the demo model; make ser
 
 test: .venv/dev ## Run all tests that need no accelerator; make test ARGS="-k words"
 	.venv/bin/python -m pytest $(ARGS)
+
+test-gpu: .venv/dev ## Run the tests that need a GPU, and the contract of the CUDA backend; wants a torch with CUDA
+	.venv/bin/python -m pytest -m gpu model-server/tests backends/cuda/tests $(ARGS)
+	.venv/bin/tgi-contract cuda
 
 lint: .venv/dev ## Check style, types and the arrows between the packages
 	.venv/bin/ruff check .

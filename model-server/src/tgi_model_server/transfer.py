@@ -39,7 +39,8 @@ class HostCopy:
             return
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
-        self._event = torch.Event(tensor.device)
+        # Blocking: whoever waits sleeps. The device has its next step by then, so the time to wake up costs nothing.
+        self._event = torch.Event(tensor.device, blocking=True)
         self._event.record()
 
     def wait(self) -> torch.Tensor:

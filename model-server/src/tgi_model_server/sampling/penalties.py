@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from tgi_model_server.transfer import pinned_copy
+
 
 class TokenCounts:
     """Per slot, how often each token was generated and whether the prompt holds it. On the device, so that counting a
@@ -26,8 +28,8 @@ class TokenCounts:
         vocab_size = self._size[1]
         generated = torch.tensor(list(output), dtype=torch.int64).bincount(minlength=vocab_size)
         seen = torch.tensor(list(prompt), dtype=torch.int64).bincount(minlength=vocab_size) > 0
-        self._output[slot] = generated.to(device=self._device, dtype=torch.int32)
-        self._prompt[slot] = seen.to(self._device)
+        self._output[slot].copy_(pinned_copy(generated.int().numpy(), torch.int32, self._device), non_blocking=True)
+        self._prompt[slot].copy_(pinned_copy(seen.numpy(), torch.bool, self._device), non_blocking=True)
 
     def add(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """One more token for each of `slots`, int64 [rows]; a slot occurs once."""

@@ -114,7 +114,8 @@ class Sampler:
         )
         known = output_ids or request.input_ids
         if known:
-            self.last_tokens[slot] = known[-1]
+            # Not by assignment, which would copy the number from the host and wait for the steps in flight.
+            self.last_tokens[slot].fill_(known[-1])
         self._batch = None
 
     def release(self, slot: int) -> None:
