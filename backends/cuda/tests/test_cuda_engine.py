@@ -1,4 +1,4 @@
-"""The demo model on a GPU against the CPU engine: greedy tokens in every circumstance, and graphs against eager steps."""
+"""The demo model on a GPU against the CPU engine: greedy tokens in every circumstance; graphs against eager steps."""
 
 from __future__ import annotations
 
