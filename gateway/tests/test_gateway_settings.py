@@ -53,7 +53,7 @@ def test_defaults_are_tgis() -> None:
         "prefix_caching": True,
         "prefill_chunking": True,
         "backend": "cpu",
-        "http_workers": 1,
+        "http_workers": None,
     }
     assert {name: getattr(settings, name) for name in expected} == expected
     assert settings.given == ()

@@ -17,6 +17,7 @@ import msgspec
 
 from tgi_gateway import plugins
 from tgi_gateway.backend import EngineOptions, Flag
+from tgi_gateway.cores import default_http_workers, logical_cores
 from tgi_gateway.errors import PluginError, SettingsError
 from tgi_gateway.flags import (
     FILE,
@@ -125,9 +126,10 @@ class Settings:
     # Server
     hostname: str = _flag("0.0.0.0", SERVER, TEXT, "Address to listen on.")
     port: int = _flag(3000, SERVER, whole(0, 65535), "Port to listen on; 0: any free one.", short="-p")
-    http_workers: int = _flag(
-        1, SERVER, whole(1, 256), "HTTP worker processes: one core each handles validation, text and JSON."
-    )
+    http_workers: int | None = _flag(
+        None, SERVER, whole(1, 256), "HTTP worker processes: one core each handles validation, text and JSON.",
+        shown_default="one for every 4 cores, 1 to 4",
+    )  # fmt: skip
     api_key: str | None = _flag(
         None, SERVER, TEXT, "Key that clients must send. Prefer the variable: a command line is visible to others.",
         secret=True,
@@ -381,6 +383,7 @@ class Settings:
             self,
             num_shard=self.num_shard or 1,
             sharded=(self.num_shard or 1) > 1,
+            http_workers=self.http_workers or default_http_workers(logical_cores()),
             rope_scaling=scaling,
             rope_factor=factor,
             max_input_tokens=self.max_input_tokens or (self.max_total_tokens - 1 if self.max_total_tokens else None),

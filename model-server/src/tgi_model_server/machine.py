@@ -6,7 +6,9 @@ import os
 from functools import cache
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+from tgi_gateway.cores import CGROUP, cpu_quota
+
+_CGROUP = CGROUP
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -25,23 +27,12 @@ def usable_cores(processes: int = 1) -> int:
     else:
         logical = list(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in logical}
-    return max(1, (min(len(cores), _cpu_quota() or len(cores)) - 1) // processes)
+    return max(1, (min(len(cores), cpu_quota(_CGROUP) or len(cores)) - 1) // processes)
 
 
 def _siblings(cpu: int) -> str:
     """Hardware threads of one core share this text."""
     return _text(_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu)
-
-
-def _cpu_quota() -> int | None:
-    """Whole cores that the control group grants, at least 1; None: no limit."""
-    quota, _, period = (_text(_CGROUP / "cpu.max") or "max").partition(" ")
-    if not period:
-        quota = _text(_CGROUP / "cpu" / "cpu.cfs_quota_us") or "max"
-        period = _text(_CGROUP / "cpu" / "cpu.cfs_period_us") or ""
-    if not (quota.isdigit() and period.isdigit() and int(period)):
-        return None
-    return max(1, int(quota) // int(period))
 
 
 @cache

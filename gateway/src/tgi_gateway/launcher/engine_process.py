@@ -20,8 +20,13 @@ from tgi_gateway.wire.server import serve
 
 logger = logging.getLogger("tgi_gateway.launcher.engine")  # not __name__, which is __main__ here
 
+SWITCH_INTERVAL_S = 0.0002
+"""How long a thread may keep the interpreter while another wants it. The engine's thread gives it up at every call into
+its runtime; with Python's 5 ms it would wait so long at each of them while messages are read and written."""
+
 
 async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = assignment.settings
     plugin = plugins.load(settings.backend)
     missing = plugin.missing()

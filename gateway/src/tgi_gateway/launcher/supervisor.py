@@ -108,9 +108,9 @@ class Supervisor:
                 model = await self._model(folder)
                 engine = await self._engine(folder, model)
                 # Already now: they load while the engine does, and a broken tokenizer is told before the model is in.
-                workers = [
-                    await self._worker(worker, folder, model, taken) for worker in range(self.settings.http_workers)
-                ]
+                count = self.settings.http_workers
+                assert count is not None, "the settings are resolved"
+                workers = [await self._worker(worker, folder, model, taken) for worker in range(count)]
                 await self._ready(engine.child)
                 runtime.listen(taken)
                 for worker in workers:
