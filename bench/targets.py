@@ -3,6 +3,7 @@
     python bench/targets.py --backend cuda                       every row
     python bench/targets.py --backend cuda --rows 256,prefix     some
     python bench/targets.py --backend cuda -- --http-workers 4   with flags for the server
+    python bench/targets.py --backend simulated                  a device that only waits: what the host can keep busy
     python bench/targets.py --quick                              a small run of the CPU engine with the demo model
     python bench/targets.py --backend cuda --soak 10             ten minutes at full KV use, with cancels
     python bench/targets.py --url http://127.0.0.1:8000 --api openai-completions --model-folder DIR
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import crowd
+import simulated
 import soak
 from machine import machine
 from model_folder import WORDS, write_model_folder
@@ -166,9 +168,9 @@ class Bench:
     def run(self, rows: Sequence[Row], *, with_start: bool) -> None:
         """Every row, those of one server together. Raises `NotServing`."""
         together = [row for row in rows if not row.flags]
-        environ = {}
+        environ = self._plugin()
         if with_start:
-            environ = {name: str(self.scratch / name.lower()) for name in CACHES}
+            environ |= {name: str(self.scratch / name.lower()) for name in CACHES}
             self._measure_start(environ)
         if together:
             with self._server((), environ) as served:
@@ -181,8 +183,12 @@ class Bench:
                 with self._server(row.flags, environ) as served:
                     self._row(row, served)
 
+    def _plugin(self) -> dict[str, str]:
+        """Environment in which the chosen backend is installed."""
+        return simulated.install(self.scratch) if self.options.backend == simulated.NAME else {}
+
     def soak(self, minutes: float) -> None:
-        with self._server(QUICK_SOAK_FLAGS if self.options.quick else (), {}) as served:
+        with self._server(QUICK_SOAK_FLAGS if self.options.quick else (), self._plugin()) as served:
             found = soak.soak(served, self.api, self.prompts("soak", 0), minutes * 60, seed=self.options.seed)
         result = Result("soak", f"{minutes:g} minutes at full KV use, with cancels", wrong=found.wrong)
         result.details = dataclasses.asdict(found)
@@ -385,6 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             interrupted = "interrupted"
     print(table(bench.results))
+    if options.backend == simulated.NAME and options.log.exists():
+        lines = options.log.read_text("utf-8", "replace").splitlines()
+        print("\n".join(line[line.index("device busy") :] for line in lines if "device busy" in line))
     if interrupted:
         print(f"\n{interrupted}", file=sys.stderr)
     document = {
