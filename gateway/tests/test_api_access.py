@@ -219,3 +219,21 @@ async def test_a_body_that_does_not_come_is_given_up(worker: Worker, monkeypatch
         )
         assert request.status_code == 408
         assert "did not come within" in request.text
+
+
+async def test_a_client_may_ask_for_less_time_and_for_a_worse_place(start_worker: Callable[..., Any]) -> None:
+    engine = EchoBackend(byte_toy(), step_s=0.05)
+    worker: Worker = await start_worker(engine, request_timeout=30.0)
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 400}}
+    late = await worker.client.post("/generate", json=body, headers={"x-request-timeout": "0.2"})
+    assert (late.status_code, late.json()["error_type"]) == (504, "timeout")
+    for odd in ("-1", "soon", "nan", "1e9"):
+        ask = worker.client.post("/tokenize", json=body, headers={"x-request-timeout": odd, "x-request-priority": odd})
+        assert (await ask).status_code == 200
+    ask = worker.client.post("/generate", json=body, headers={"x-request-priority": "7"})
+    waiting = asyncio.create_task(ask)
+    while not len(worker.services.generations):  # noqa: ASYNC110 - it is made by a request
+        await asyncio.sleep(0.01)
+    (open_now,) = worker.services.generations._open.values()
+    assert open_now.request.priority == 7
+    waiting.cancel()

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from tgi_gateway.backend import Capacity
 from tgi_gateway.errors import Unhealthy
+from tgi_gateway.host import scheduler
 from tgi_gateway.host.dispatch import Dispatch, HostStats, StepReport
+from tgi_gateway.host.pace import UNKNOWN_S
 from tgi_gateway.testing import toy_model
 from tgi_gateway.testing.manual import ManualBackend
 from tgi_gateway.types import Event, Failed, Finished, Request, SamplingParams, StepEvents, StopRules, Token, Usage
@@ -95,16 +97,67 @@ async def test_an_ending_lets_the_next_in_by_priority(host: Host) -> None:
     assert list(host.engine.submitted)[-1] == 5
 
 
-async def test_nobody_overtakes_a_long_prompt(host: Host) -> None:
+async def test_short_prompts_pass_a_long_one_that_finds_no_room(host: Host) -> None:
     host.engine.free = Capacity(4, 4, 1000, 100)
     host.dispatch.submit(request(1))
     host.engine.free = Capacity(4, 3, 1000, 90)
     host.dispatch.submit(request(2, prompt_tokens=500))
     host.dispatch.submit(request(3, prompt_tokens=1))
+    assert list(host.engine.submitted) == [1, 3]
+    host.dispatch.submit(request(4, prompt_tokens=1, priority=1))
+    assert list(host.engine.submitted) == [1, 3], "a later one of lower priority does not"
+    host.engine.free = Capacity(4, 4, 1000, 1000)
+    host.engine.finish(1)
+    assert list(host.engine.submitted) == [1, 3, 2, 4]
+
+
+async def test_a_long_prompt_is_not_passed_for_ever(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.engine.free = Capacity(4, 4, 1000, 100)
+    host.dispatch.submit(request(1))
+    host.engine.free = Capacity(4, 3, 1000, 90)
+    host.dispatch.submit(request(2, prompt_tokens=500))
+    monkeypatch.setattr(scheduler, "PATIENCE_S", 0.0)
+    await asyncio.sleep(0.01)
+    host.dispatch.submit(request(3, prompt_tokens=1))
     assert list(host.engine.submitted) == [1]
     host.engine.free = Capacity(4, 4, 1000, 1000)
     host.engine.finish(1)
     assert list(host.engine.submitted) == [1, 2, 3]
+
+
+async def test_prompt_tokens_that_wait_are_bounded_too() -> None:
+    engine = ManualBackend(MODEL)
+    host = Host(engine, Dispatch(engine, max_concurrent_requests=100, max_queued_tokens=250))
+    await host.dispatch.start(host.emit)
+    for request_id in range(1, 8):
+        host.dispatch.submit(request(request_id, prompt_tokens=100))
+    await asyncio.sleep(0)
+    assert [host.ending(request_id) is None for request_id in range(1, 8)] == [True] * 6 + [False]
+    refused = host.ending(7)
+    assert isinstance(refused, Failed)
+    assert (refused.error_type, refused.retry_after_s) == ("overloaded", UNKNOWN_S)
+
+
+async def test_who_is_refused_is_told_when_to_come_again(host: Host) -> None:
+    for request_id in range(1, 9):
+        host.dispatch.submit(request(request_id))
+    for request_id in range(1, 5):
+        host.engine.finish(request_id)
+    for request_id in range(9, 14):
+        host.dispatch.submit(request(request_id))
+    await asyncio.sleep(0)
+    refused = host.ending(13)
+    assert isinstance(refused, Failed)
+    assert 1.0 <= refused.retry_after_s < UNKNOWN_S
+
+
+async def test_a_tenant_with_many_requests_does_not_keep_out_one_with_few(host: Host) -> None:
+    for request_id in range(1, 8):
+        host.dispatch.submit(replace(request(request_id), tenant="many"))
+    host.dispatch.submit(replace(request(8), tenant="few"))
+    host.engine.finish(1)
+    host.engine.finish(2)
+    assert list(host.engine.submitted) == [1, 2, 3, 4, 5, 8]
 
 
 async def test_memory_that_is_freed_without_an_event_is_found(host: Host) -> None:
@@ -122,7 +175,7 @@ async def test_beyond_max_concurrent_requests_a_request_is_overloaded_at_once(ho
         host.dispatch.submit(request(request_id))
     await asyncio.sleep(0)
     assert host.ending(8) is None
-    assert host.ending(9) == Failed(9, "overloaded", "Model is overloaded")
+    assert host.ending(9) == Failed(9, "overloaded", "Model is overloaded", UNKNOWN_S)
     host.engine.finish(1)
     host.dispatch.submit(request(10))
     assert host.ending(10) is None
@@ -138,7 +191,7 @@ async def test_one_tenant_has_no_more_open_than_a_key_may() -> None:
     await asyncio.sleep(0)
     refused = host.ending(6)
     assert isinstance(refused, Failed)
-    assert refused.error_type == "overloaded"
+    assert refused.error_type == "rate_limited"
     assert "This API key has 5 requests open" in refused.message
     assert host.ending(5) is host.ending(7) is None  # one of a's waits, which counts as well
     engine.finish(1)
@@ -165,7 +218,7 @@ async def test_cancelling_the_first_in_line_lets_the_next_in(host: Host) -> None
     host.engine.free = Capacity(4, 4, 1000, 100)
     host.dispatch.submit(request(1))
     host.dispatch.submit(request(2, prompt_tokens=500))
-    host.dispatch.submit(request(3))
+    host.dispatch.submit(request(3, priority=1))
     assert list(host.engine.submitted) == [1]
     host.dispatch.cancel(2)
     assert list(host.engine.submitted) == [1, 3]

@@ -198,7 +198,7 @@ def test_a_port_is_taken_at_once_and_answers_only_when_told() -> None:
             runtime.bind("127.0.0.1", port)
         with socket.socket() as client, pytest.raises(ConnectionRefusedError):
             client.connect(("127.0.0.1", port))
-        runtime.listen(taken)
+        runtime.listen(taken, dead_after_s=60.0)
         with socket.create_connection(("127.0.0.1", port), WAIT_S):
             pass
 

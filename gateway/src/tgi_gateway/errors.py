@@ -13,6 +13,8 @@ class GatewayError(Exception):
     prefix: ClassVar[str] = ""
     code: ClassVar[str | None] = None
     """OpenAI's name for it, where that says more than `error_type`."""
+    retry_after_s: float = 0.0
+    """When to come again; 0.0: not known."""
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(f"{self.prefix}{detail}")
@@ -56,13 +58,21 @@ class ToolError(GatewayError):
 
 
 class Overloaded(GatewayError):
-    """No room; try later."""
+    """The server is full; try later. TGI's own routes say so with 429."""
 
     error_type = "overloaded"
-    status = 429
+    status = 503
 
-    def __init__(self, detail: str = "Model is overloaded") -> None:
+    def __init__(self, detail: str = "Model is overloaded", *, retry_after_s: float = 0.0) -> None:
         super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """This API key has as much open as it may have, however empty the server is."""
+
+    error_type = "rate_limited"
+    status = 429
 
 
 class BackendFailed(GatewayError):
@@ -142,10 +152,21 @@ class ModelError(StartError):
 
 by_type: dict[str, type[GatewayError]] = {
     kind.error_type: kind
-    for kind in (ValidationError, TemplateError, ToolError, Overloaded, BackendFailed, IncompleteGeneration, Unhealthy)
+    for kind in (
+        ValidationError,
+        TemplateError,
+        ToolError,
+        Overloaded,
+        RateLimited,
+        BackendFailed,
+        IncompleteGeneration,
+        Unhealthy,
+    )
 }
 
 
-def from_wire(error_type: str, detail: str) -> GatewayError:
+def from_wire(error_type: str, detail: str, retry_after_s: float = 0.0) -> GatewayError:
     """The error that a `Failed` event stands for; an unknown type is a failed backend."""
-    return by_type.get(error_type, BackendFailed)(detail)
+    error = by_type.get(error_type, BackendFailed)(detail)
+    error.retry_after_s = retry_after_s
+    return error

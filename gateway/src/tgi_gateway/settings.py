@@ -161,6 +161,9 @@ class Settings:
         None, SERVER, number(0), "Longest time of one request in seconds, its answer included.",
         shown_default="no limit",
     )  # fmt: skip
+    slow_client_timeout: float = _flag(
+        60.0, SERVER, number(0), "Seconds without reading after which a client is cut off."
+    )
     shutdown_timeout: int = _flag(
         90,
         SERVER,
@@ -181,8 +184,12 @@ class Settings:
 
     # Limits of one request
     max_concurrent_requests: int = _flag(
-        128, LIMITS, whole(1), "Requests that may be open at once; more are answered with 429."
+        128, LIMITS, whole(1), "Requests that may be open at once; more are told when to come again."
     )
+    max_queued_tokens: int | None = _flag(
+        None, LIMITS, whole(1), "Prompt tokens that may wait for the engine; further requests are told to come later.",
+        shown_default="8 times --max-batch-total-tokens",
+    )  # fmt: skip
     max_concurrent_requests_per_key: int | None = _flag(
         None, LIMITS, whole(1), "Requests that one API key may have open at once; more are answered with 429.",
         shown_default="no limit of its own",

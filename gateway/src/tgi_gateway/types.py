@@ -127,6 +127,8 @@ class Request:
     """The HTTP request's id, by which its tenant may cancel it through any HTTP worker; engines ignore it."""
     tenant: str = ""
     """Whose request it is, where there are several API keys; engines ignore it."""
+    traceparent: str = ""
+    """W3C trace context of the span that it belongs to; empty: it is not traced. Engines ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,8 @@ class Failed:
     request_id: int
     error_type: str
     message: str
+    retry_after_s: float = 0.0
+    """When to come again, for a request that was refused; 0.0: not known."""
 
 
 Event = Token | Finished | Failed

@@ -12,7 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "x-request-id"
+TIMEOUT_HEADER = "x-request-timeout"
+"""Seconds in which the client wants its whole answer; it can only shorten what the operator allows."""
+PRIORITY_HEADER = "x-request-priority"
+"""A whole number; higher waits longer. It can only be worse than the 0 that a request has without it."""
 _ACCEPTABLE = re.compile(r"[\x21-\x7e]{1,128}")
+_NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 """What answers put before a request's id to make their own."""
 
@@ -27,6 +32,8 @@ class Caller:
     """Names the API key, where one is needed; not the key itself."""
     deadline: float | None = None
     """When it must have its whole answer, in the event loop's time."""
+    priority: int = 0
+    """As `types.Request.priority`."""
 
 
 _current: ContextVar[Caller] = ContextVar("caller")
@@ -58,10 +65,13 @@ class Identify:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
+        headers = Headers(scope=scope)
+        given = headers.get(HEADER, "")
         caller = Caller(given if _ACCEPTABLE.fullmatch(given) else secrets.token_hex(12))
-        if self._timeout_s is not None:
-            caller.deadline = asyncio.get_running_loop().time() + self._timeout_s
+        caller.priority = int(_number(headers.get(PRIORITY_HEADER)) or 0)
+        timeouts_s = [each for each in (self._timeout_s, _number(headers.get(TIMEOUT_HEADER))) if each is not None]
+        if timeouts_s:
+            caller.deadline = asyncio.get_running_loop().time() + min(timeouts_s)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -73,3 +83,8 @@ class Identify:
             await self._app(scope, receive, send_with_id)
         finally:
             _current.reset(token)
+
+
+def _number(text: str | None) -> float | None:
+    """A number of at least 0 and sane size; anything else counts as not given."""
+    return float(text) if text is not None and _NUMBER.fullmatch(text) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from tgi_gateway.errors import (
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+"""Where no better time is known."""
 INTERNAL = GatewayError("Internal server error")
 
 
@@ -131,10 +133,12 @@ class NativeDialect:
     document: type = ErrorResponse
 
     def status(self, error: GatewayError) -> int:
-        return error.status
+        return 429 if isinstance(error, Overloaded) else error.status
 
     def body(self, error: GatewayError) -> Mapping[str, Any]:
-        return {"error": str(error), "error_type": error.error_type}
+        # TGI's clients know one name for all that is to be tried again later.
+        kind = Overloaded.error_type if isinstance(error, Overloaded) else error.error_type
+        return {"error": str(error), "error_type": kind}
 
     def event(self, error: GatewayError) -> Mapping[str, Any]:
         if isinstance(error, IncompleteGeneration):
@@ -202,7 +206,7 @@ def parameter_of(error: GatewayError) -> str | None:
 def error_response(error: GatewayError, dialect: Dialect) -> Response:
     headers: Mapping[str, str] | None = None
     if isinstance(error, Overloaded | Unhealthy):
-        headers = {"retry-after": str(RETRY_AFTER_S)}
+        headers = {"retry-after": str(math.ceil(error.retry_after_s) or RETRY_AFTER_S)}
     return Response(msgspec.json.encode(dialect.body(error)), dialect.status(error), headers, "application/json")
 
 

@@ -363,7 +363,7 @@ class Generations:
         for failed in events.failed:
             generation = find(failed.request_id)
             if generation is not None:
-                generation.fail(from_wire(failed.error_type, failed.message))
+                generation.fail(from_wire(failed.error_type, failed.message, failed.retry_after_s))
                 touched[failed.request_id] = generation
         for generation in touched.values():
             generation.wake()

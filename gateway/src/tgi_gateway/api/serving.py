@@ -20,6 +20,7 @@ from tgi_gateway.api.errors import INTERNAL, ClientGone, failure_label
 from tgi_gateway.api.generation import Generation, Generations, Piece
 from tgi_gateway.backend import Backend, ModelInfo
 from tgi_gateway.errors import Cancelled, GatewayError, Overloaded, Unhealthy
+from tgi_gateway.host.pace import Pace
 from tgi_gateway.prompt import stops, tools, validate
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.reasoning import Marks
@@ -43,9 +44,12 @@ FINGERPRINT = f"{VERSION}-native"
 class Permits:
     """How many generations this worker holds at once; the engine host has the last word over all workers."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, running: Callable[[], int] = lambda: 0) -> None:
+        """`running` tells how many requests the engine has; the others wait for it."""
         self._limit = limit
+        self._running = running
         self._taken = 0
+        self._pace = Pace()
 
     @property
     def taken(self) -> int:
@@ -55,12 +59,14 @@ class Permits:
     def hold(self, count: int) -> Iterator[None]:
         """Raises `Overloaded` at once when there are not enough: nobody waits."""
         if self._taken + count > self._limit:
-            raise Overloaded
+            waiting = max(self._taken - self._running(), 0)
+            raise Overloaded(retry_after_s=self._pace.retry_after_s(time.perf_counter(), waiting + count))
         self._taken += count
         try:
             yield
         finally:
             self._taken -= count
+            self._pace.ended(time.perf_counter(), count)
 
 
 @dataclass
@@ -91,7 +97,7 @@ class Services:
     """How it writes its thoughts, unless its family has a way of its own."""
 
     def __post_init__(self) -> None:
-        self.permits = Permits(self.settings.max_concurrent_requests)
+        self.permits = Permits(self.settings.max_concurrent_requests, self._running)
         self.adapters = frozenset(adapter.partition("=")[0] for adapter in self.settings.lora_adapters)
         template = "" if self.chat_template is None else self.chat_template.source(with_tools=True)
         self.family, self.reasoning = tools.recognised(
@@ -108,6 +114,10 @@ class Services:
         self.eos_token_ids = frozenset(info.eos_token_ids)
         kind = f"{self.settings.num_shard or 1}-{info.device or 'unknown'}"
         self.compute_type = self.settings.compute_type or kind
+
+    def _running(self) -> int:
+        capacity = self.backend.capacity()
+        return capacity.max_sequences - capacity.free_sequences
 
     def check_open(self) -> None:
         """Raises `Unhealthy` if a request that comes now could not be taken."""
@@ -127,6 +137,7 @@ class Services:
             cache_salt=salt,
             name=calling.request_id,
             tenant=calling.tenant,
+            priority=max(valid.request.priority, calling.priority),
         )
         matcher = stops.matcher(request.stop.stop_strings, keep_stop)
         decoder = self.tokenizer.decoder(request.input_ids)

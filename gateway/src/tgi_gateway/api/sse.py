@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,8 +22,21 @@ KEEP_ALIVE_S = 15.0
 DIRECT_SEND = "tgi_gateway.send"
 """Key of the scope under which the application keeps the server's own `send`. Once the head is out, the layers in
 between have nothing to add to a body, yet each would cost a call per token."""
+SLOWNESS = "tgi_gateway.slowness"
+"""Key of the scope under which the server keeps its `Slowness`."""
 _KEEP_ALIVE = b":\n\n"
 DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Slowness:
+    """What to do about a client that does not read. Its tokens wait in its own generation, at most as many as it may
+    have; the engine waits for nobody."""
+
+    limit_s: float
+    """It is cut off when nothing could be sent for so long."""
+    cut_off: Callable[[], None]
+    """Closes the connection at once, unsent bytes and all."""
 
 
 def event(document: object) -> bytes:
@@ -99,14 +113,19 @@ class EventStream(Response):
         self._beat: asyncio.Task[None] | None = None
         """A keep-alive is being sent."""
         self._quiet_since = 0.0
+        self._stuck: tuple[float, float] = (-1.0, 0.0)
+        """`_quiet_since` of the send that was under way at the last look, and when it was first seen."""
+        self._slowness: Slowness | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         self._quiet_since = loop.time()
         self._direct = scope.get(DIRECT_SEND, send)
-        self._timer = loop.call_later(self._keep_alive_s, self._tick, loop, send)
+        self._slowness = scope.get(SLOWNESS)
         # In a task of its own, because every token would otherwise wake up through all layers of the application.
-        work = loop.create_task(self._run(scope, receive, send))
+        work = self._work = loop.create_task(self._run(scope, receive, send))
+        first_s = min(self._keep_alive_s, self._slowness.limit_s) if self._slowness else self._keep_alive_s
+        self._timer = loop.call_later(first_s, self._tick, loop, send)
         listener = loop.create_task(_cancel_when_gone(receive, work))
         try:
             await asyncio.wait([work])
@@ -169,13 +188,22 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": last + self._tail, "more_body": False})
 
     def _tick(self, loop: asyncio.AbstractEventLoop, send: Send) -> None:
-        quiet_s = loop.time() - self._quiet_since
-        if quiet_s >= self._keep_alive_s:
-            if not self._busy:
-                self._beat = loop.create_task(self._send_beat(send))
-            quiet_s = 0.0
-            self._quiet_since = loop.time()
-        self._timer = loop.call_later(self._keep_alive_s - quiet_s, self._tick, loop, send)
+        now, again_s = loop.time(), self._keep_alive_s
+        if self._busy or self._beat is not None:
+            if self._slowness is not None:
+                again_s = min(again_s, self._slowness.limit_s / 4)
+                if self._stuck[0] != self._quiet_since:
+                    self._stuck = (self._quiet_since, now)
+                elif now - self._stuck[1] >= self._slowness.limit_s:
+                    self._work.cancel()
+                    self._slowness.cut_off()
+                    return
+        elif now - self._quiet_since >= self._keep_alive_s:
+            self._beat = loop.create_task(self._send_beat(send))
+            self._quiet_since = now
+        else:
+            again_s -= now - self._quiet_since
+        self._timer = loop.call_later(again_s, self._tick, loop, send)
 
     async def _send_beat(self, send: Send) -> None:
         try:

@@ -18,17 +18,21 @@ from tgi_gateway.errors import (
     GatewayError,
     IncompleteGeneration,
     Overloaded,
+    RateLimited,
     Unhealthy,
     ValidationError,
 )
-from tgi_gateway.host.queue import Queue, Ticket
-from tgi_gateway.host.scheduler import needed_kv_tokens, refuse_impossible, room, room_after
+from tgi_gateway.host.pace import Pace
+from tgi_gateway.host.queue import OUTPUT_WEIGHT, Queue, Ticket
+from tgi_gateway.host.scheduler import MAX_PASSED, may_pass, needed_kv_tokens, refuse_impossible, room, room_after
 from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules, Usage
 
 log = logging.getLogger(__name__)
 
 PROBE_IDS = 0xFFFF << 48
 """Health probes' request ids: those of a worker index that no HTTP worker has."""
+QUEUED_BATCHES = 8
+"""Who waits behind so many full batches would wait for minutes, and should rather ask another server."""
 RECHECK_S = 0.1
 """How often waiting tickets are looked at without an event: an engine may free memory late."""
 
@@ -92,13 +96,15 @@ class Dispatch:
         *,
         max_concurrent_requests: int,
         max_concurrent_requests_per_key: int | None = None,
+        max_queued_tokens: int | None = None,
         observer: HostObserver | None = None,
         probe_timeout_s: float = 10.0,
         stall_s: float = 10.0,
         fresh_s: float = 1.0,
     ) -> None:
         """`max_concurrent_requests` bounds waiting and running requests together, `max_concurrent_requests_per_key`
-        those of one tenant; the next one is overloaded.
+        those of one tenant, `max_queued_tokens` the prompt tokens of those that wait (None: `QUEUED_BATCHES` times
+        what the engine can hold). What exceeds them is refused and told when to come again.
 
         Health: busy without an event for `stall_s` asks the engine itself, idle for `fresh_s` asks for a token, which
         must come within `probe_timeout_s`.
@@ -106,6 +112,7 @@ class Dispatch:
         self._backend = backend
         self._max_concurrent_requests = max_concurrent_requests
         self._max_per_key = max_concurrent_requests_per_key
+        self._max_queued_tokens = max_queued_tokens
         self._observer = observer
         self._observer_lock = threading.Lock()
         self._probe_timeout_s = probe_timeout_s
@@ -124,6 +131,9 @@ class Dispatch:
         self._lock = threading.Lock()  # guards everything below
         self._queue = Queue()
         self._running: dict[int, Ticket] = {}
+        self._open: Counter[str] = Counter()
+        """Tenant -> its waiting and running requests, at least one."""
+        self._pace = Pace()
         self._unseen_kv_tokens = 0  # needed by running requests without a token so far
         self._batch_tokens = 0
         self._admitting = False
@@ -143,6 +153,8 @@ class Dispatch:
         self._loop = asyncio.get_running_loop()
         self._empty = asyncio.Event()
         self._model = await self._backend.start(self._on_step)
+        if self._max_queued_tokens is None:
+            self._max_queued_tokens = QUEUED_BATCHES * self._model.max_batch_total_tokens
         self._recheck_task = asyncio.create_task(self._recheck())
         return self._model
 
@@ -174,7 +186,8 @@ class Dispatch:
                 self._enqueue(request)
                 stats = self._stats()
         except GatewayError as error:
-            self._tell_soon(StepEvents(failed=[Failed(request.request_id, error.error_type, error.detail)]))
+            told = Failed(request.request_id, error.error_type, error.detail, error.retry_after_s)
+            self._tell_soon(StepEvents(failed=[told]))
             return
         self._observe_queue(stats)
         self._admit()
@@ -182,6 +195,8 @@ class Dispatch:
     def cancel(self, request_id: int) -> None:
         with self._lock:
             ticket = self._queue.cancel(request_id)
+            if ticket is not None:
+                self._close(ticket)
             running = self._running.get(request_id)
             if running is not None:
                 running.cancelled = True
@@ -227,12 +242,16 @@ class Dispatch:
             self._recheck_task.cancel()
         with self._lock:
             waiting = self._queue.clear()
+            for ticket in waiting:
+                self._close(ticket)
         self._fail([ticket.request.request_id for ticket in waiting], IncompleteGeneration("The server stops"))
         try:
             await self._backend.stop(max(deadline - time.perf_counter(), 0.0))
         finally:
             with self._lock:
                 left = list(self._running)
+                for ticket in self._running.values():
+                    self._close(ticket)
                 self._running.clear()
                 self._unseen_kv_tokens = self._batch_tokens = 0
             self._fail(left, IncompleteGeneration("The server stops"))
@@ -246,16 +265,29 @@ class Dispatch:
             raise Unhealthy("The server is stopping; another one will answer")
         if request.request_id in self._queue or request.request_id in self._running:
             raise ValidationError(f"request id {request.request_id} is already open")
-        if len(self._queue) + len(self._running) >= self._max_concurrent_requests:
-            raise Overloaded
-        if self._max_per_key is not None and self._open_of(request.tenant) >= self._max_per_key:
-            raise Overloaded(f"This API key has {self._max_per_key} requests open, which is the most it may have")
+        now = time.perf_counter()
+        if self._max_per_key is not None and self._open[request.tenant] >= self._max_per_key:
+            raise RateLimited(
+                f"This API key has {self._max_per_key} requests open, which is the most it may have",
+                retry_after_s=self._pace.retry_after_s(now, 1),
+            )
+        assert self._max_queued_tokens is not None, "start() comes first"
+        if len(self._queue) + len(self._running) >= self._max_concurrent_requests or (
+            self._queue and self._queue.prompt_tokens + len(request.input_ids) > self._max_queued_tokens
+        ):
+            raise Overloaded(retry_after_s=self._pace.retry_after_s(now, len(self._queue) + 1))
         if not self._queue and not self._running:
-            self._busy_since = time.perf_counter()
-        self._queue.add(Ticket(request, next(self._arrivals), time.perf_counter()))
+            self._busy_since = now
+        self._open[request.tenant] += 1
+        self._queue.add(Ticket(request, next(self._arrivals), now))
 
-    def _open_of(self, tenant: str) -> int:
-        return sum(ticket.request.tenant == tenant for ticket in itertools.chain(self._queue, self._running.values()))
+    def _close(self, ticket: Ticket) -> None:
+        """The request has ended, wherever it was; with the lock held."""
+        tenant = ticket.request.tenant
+        self._open[tenant] -= 1
+        if not self._open[tenant]:
+            del self._open[tenant]
+        self._pace.ended(time.perf_counter())
 
     async def _recheck(self) -> None:
         while True:
@@ -306,18 +338,33 @@ class Dispatch:
         if not self._running:
             self._step_began_at = now
         tickets: list[Ticket] = []
-        while (ticket := self._queue.peek()) is not None:
+        first: Ticket | None = None
+        passed: set[int] = set()
+        while len(passed) < MAX_PASSED and (ticket := self._queue.peek(passed)) is not None:
             after = room_after(ticket.request, left, alone=not self._running)
-            if after is None:
-                break
+            if after is None or not (first is None or self._passes(ticket, first, now)):
+                passed.add(ticket.request.request_id)
+                if first is None:
+                    first = ticket
+                    first.blocked_at = now if first.blocked_at is None else first.blocked_at
+                continue
             left = after
-            self._queue.pop()
+            self._queue.take(ticket)
             ticket.entered_at = now
             self._running[ticket.request.request_id] = ticket
             self._unseen_kv_tokens += needed_kv_tokens(ticket.request)
             self._batch_tokens += len(ticket.request.input_ids)
             tickets.append(ticket)
         return tickets
+
+    @staticmethod
+    def _passes(ticket: Ticket, first: Ticket, now: float) -> bool:
+        assert first.blocked_at is not None
+        blocked_s = now - first.blocked_at
+        allowed = may_pass(ticket.request, first.request, blocked_s=blocked_s, passed_by_tokens=first.passed_by_tokens)
+        if allowed:
+            first.passed_by_tokens += needed_kv_tokens(ticket.request)
+        return allowed
 
     def _enter(self, ticket: Ticket) -> None:
         request_id = ticket.request.request_id
@@ -343,6 +390,7 @@ class Dispatch:
             if ticket.generated_tokens == 0:
                 self._unseen_kv_tokens -= needed_kv_tokens(ticket.request)
             self._batch_tokens -= len(ticket.request.input_ids) + ticket.generated_tokens
+            self._close(ticket)
             self._note_if_empty()
         return ticket
 
@@ -357,6 +405,7 @@ class Dispatch:
     def _on_step(self, events: StepEvents) -> None:
         now = time.perf_counter()
         prefills, strangers = 0, False
+        served: Counter[str] = Counter()
         with self._lock:
             self._progress_at = now
             running = self._running
@@ -369,6 +418,10 @@ class Dispatch:
                     prefills += 1
                     self._unseen_kv_tokens -= needed_kv_tokens(ticket.request)
                 ticket.generated_tokens += 1
+                if len(self._open) > 1:
+                    served[ticket.request.tenant] += 1
+            for tenant, tokens in served.items():
+                self._queue.charge(tenant, OUTPUT_WEIGHT * tokens)
             self._batch_tokens += len(events.request_ids)
             if strangers:
                 rows = len(events.request_ids)

@@ -12,6 +12,11 @@ GROWTH_TOKENS = 64
 """Room for output that a request must find free, beside its prompt, to enter. Reserving all of `max_new_tokens` would
 leave most of the memory unused; reserving nothing would make the engine preempt what has just entered."""
 
+PATIENCE_S = 5.0
+"""How long later requests may pass one that finds no room."""
+MAX_PASSED = 16
+"""How many that find no room are looked beyond."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -41,13 +46,26 @@ def room(capacity: Capacity, *, running: int, unseen_kv_tokens: int) -> Room:
 def room_after(request: Request, room: Room, *, alone: bool) -> Room | None:
     """The room left when `request` enters; None if it must wait.
 
-    Nobody may overtake the first in line, or long prompts would starve. `alone`: nothing runs, so it can only enter;
+    `alone`: nothing runs, so it can only enter;
     a capacity that says otherwise is late.
     """
     needed = needed_kv_tokens(request)
     if not alone and (room.sequences < 1 or room.kv_tokens < needed):
         return None
     return Room(room.sequences - 1, room.kv_tokens - needed)
+
+
+def may_pass(request: Request, first: Request, *, blocked_s: float, passed_by_tokens: int) -> bool:
+    """Whether `request`, for which there is room, may enter before `first`, which waits for more of it.
+
+    Backfilling (Lifka 1995, EASY) with two bounds, because nobody knows when room will come: `first` is passed for so
+    long and by so many KV tokens at most. Then the engine empties until it fits.
+    """
+    return (
+        request.priority == first.priority
+        and blocked_s <= PATIENCE_S
+        and passed_by_tokens + needed_kv_tokens(request) <= needed_kv_tokens(first)
+    )
 
 
 def refuse_impossible(request: Request, model: ModelInfo, capabilities: Capabilities) -> None:

@@ -37,6 +37,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
         backend,
         max_concurrent_requests=settings.max_concurrent_requests,
         max_concurrent_requests_per_key=settings.max_concurrent_requests_per_key,
+        max_queued_tokens=settings.max_queued_tokens,
     )
     server = await serve(dispatch, Path(assignment.socket_path))
     dispatch.observe(

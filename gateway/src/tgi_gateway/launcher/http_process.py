@@ -7,14 +7,17 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tgi_gateway.api.app import create_app
 from tgi_gateway.api.generation import Generations
 from tgi_gateway.api.serving import Services
+from tgi_gateway.api.sse import SLOWNESS, Slowness
 from tgi_gateway.errors import Unhealthy
 from tgi_gateway.launcher import child
 from tgi_gateway.prompt.chat_template import ChatTemplate
@@ -26,6 +29,18 @@ LAST_WORDS_S = 2.0
 """For answers that the end of the drain cuts short: how long clients get to read that it did."""
 KEEP_ALIVE_S = 75
 """Longer than the 60 s of common proxies, so that they hang up first and no request meets a closing connection."""
+
+
+def _protocol(limit_s: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol, which tells a stream how to get rid of a client that does not read."""
+
+    class Protocol(HttpToolsProtocol):
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            scope = cast(MutableMapping[str, Any], self.scope)
+            scope[SLOWNESS] = Slowness(limit_s, self.transport.abort)
+
+    return Protocol
 
 
 class _Server(uvicorn.Server):
@@ -87,7 +102,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     config = uvicorn.Config(
         create_app(services),
         loop="none",
-        http="httptools",
+        http=_protocol(settings.slow_client_timeout),
         lifespan="auto",
         log_config=None,
         access_log=False,

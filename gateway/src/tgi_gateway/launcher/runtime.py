@@ -121,14 +121,28 @@ def _bind(taken: socket.socket, where: object) -> None:
         taken.bind(where)  # type: ignore[arg-type]
 
 
-def listen(taken: socket.socket) -> None:
-    """Open the port. Raises `StartError` if somebody else was faster."""
+def listen(taken: socket.socket, *, dead_after_s: float) -> None:
+    """Open the port. Raises `StartError` if somebody else was faster.
+
+    A connection whose client takes no byte of what is sent, or has vanished without a word, ends after `dead_after_s`.
+    """
     hostname, port = taken.getsockname()[:2]
     try:
         taken.listen(BACKLOG)
     except OSError as error:
         raise _explained(error, hostname, port) from error
-    # Accepted connections inherit it: those still winding up will not keep the next server from binding.
+    # Accepted connections inherit all of these.
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probe_s = max(int(dead_after_s / 4), 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", probe_s),
+        ("TCP_KEEPINTVL", probe_s),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", int(dead_after_s * 1000)),
+    ):
+        if hasattr(socket, name):  # not every system has them
+            taken.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    # Those still winding up will not keep the next server from binding.
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     taken.setblocking(False)
 

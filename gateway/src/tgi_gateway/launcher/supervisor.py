@@ -112,7 +112,7 @@ class Supervisor:
                 assert count is not None, "the settings are resolved"
                 workers = [await self._worker(worker, folder, model, taken) for worker in range(count)]
                 await self._ready(engine.child)
-                runtime.listen(taken)
+                runtime.listen(taken, dead_after_s=self.settings.slow_client_timeout)
                 for worker in workers:
                     await self._ready(worker.child)
             self._display = None

@@ -69,6 +69,7 @@ def encode_request(request: Request) -> pb.Request:
         priority=request.priority,
         name=request.name,
         tenant=request.tenant,
+        traceparent=request.traceparent,
     )
 
 
@@ -114,6 +115,7 @@ def decode_request(message: pb.Request) -> Request:
         priority=message.priority,
         name=message.name,
         tenant=message.tenant,
+        traceparent=message.traceparent,
     )
 
 
@@ -142,6 +144,7 @@ def encode_step(events: StepEvents, capacity: Capacity | None) -> pb.StepEvents:
             error_type=failed.error_type,
             # A library's text may hold lone surrogates, which UTF-8 has no bytes for.
             message=failed.message.encode("utf-8", "replace").decode(),
+            retry_after_s=failed.retry_after_s,
         )
     if capacity is not None:
         message.capacity.CopyFrom(encode_capacity(capacity))
@@ -156,7 +159,7 @@ def decode_step(message: pb.StepEvents) -> StepEvents:
     if message.finished_ids:
         _decode_finished(message, events)
     for failed in message.failed:
-        events.failed.append(Failed(failed.request_id, failed.error_type, failed.message))
+        events.failed.append(Failed(failed.request_id, failed.error_type, failed.message, failed.retry_after_s))
     return events
 
 

@@ -132,7 +132,7 @@ class Capacity(_message.Message):
     def __init__(self, max_sequences: _Optional[int] = ..., free_sequences: _Optional[int] = ..., total_kv_tokens: _Optional[int] = ..., free_kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "input_ids", "sampling", "stop", "logprobs", "top_n_tokens", "prefill_logprobs", "adapter_id", "cache_salt", "priority", "name", "tenant")
+    __slots__ = ("request_id", "input_ids", "sampling", "stop", "logprobs", "top_n_tokens", "prefill_logprobs", "adapter_id", "cache_salt", "priority", "name", "tenant", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,7 @@ class Request(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     input_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -157,7 +158,8 @@ class Request(_message.Message):
     priority: int
     name: str
     tenant: str
-    def __init__(self, request_id: _Optional[int] = ..., input_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., logprobs: bool = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., adapter_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[int] = ..., input_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., logprobs: bool = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., adapter_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias_ids", "logit_bias_values", "watermark", "grammar")
@@ -252,11 +254,13 @@ class StepEvents(_message.Message):
     def __init__(self, request_ids: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_rows: _Optional[_Iterable[int]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., finished_ids: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[FinishReason, str]]] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., generated_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., queue_s: _Optional[_Iterable[float]] = ..., prefill_counts: _Optional[_Iterable[int]] = ..., prefill_logprobs: _Optional[_Iterable[float]] = ..., failed: _Optional[_Iterable[_Union[Failed, _Mapping]]] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ...) -> None: ...
 
 class Failed(_message.Message):
-    __slots__ = ("request_id", "error_type", "message")
+    __slots__ = ("request_id", "error_type", "message", "retry_after_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_TYPE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     error_type: str
     message: str
-    def __init__(self, request_id: _Optional[int] = ..., error_type: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after_s: float
+    def __init__(self, request_id: _Optional[int] = ..., error_type: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
