@@ -60,7 +60,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(byte_model: Path) -> No
 def test_the_port_is_taken_but_closed_while_the_server_starts(hanging_hub: str) -> None:
     with launched("--model-id", "org/model", "--backend", "echo", HF_ENDPOINT=hanging_hub) as gateway:
         gateway.wait_for("Settings")
-        wait_for_child(gateway, "download_process")
+        wait_for_child(gateway, "model_process")
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", gateway.port)) != 0
         with launched("--backend", "echo", "--model-id", "org/model", port=gateway.port) as second:
@@ -143,7 +143,7 @@ def wait_for_child(gateway: Gateway, name: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_start_ends_it_quietly(hanging_hub: str, number: signal.Signals) -> None:
     with launched("--model-id", "org/model", "--backend", "echo", HF_ENDPOINT=hanging_hub) as gateway:
-        wait_for_child(gateway, "download_process")
+        wait_for_child(gateway, "model_process")
         gateway.process.send_signal(number)
         assert gateway.end() == 128 + number
         assert "Traceback" not in gateway.log

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from tgi_gateway import hub
+from tgi_gateway.backend import WeightFormat
+from tgi_gateway.cli import main
 from tgi_gateway.errors import ModelError
 from tgi_gateway.settings import Settings
 
@@ -320,8 +322,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def resolve(*argv: str, needs_weights: bool = True) -> Path:
-    return hub.resolve(Settings.parse(argv, {}, flags_of=lambda _: ()), needs_weights=needs_weights)
+def resolve(*argv: str, weights: tuple[WeightFormat, ...] = hub.SAFETENSORS) -> Path:
+    return hub.resolve(Settings.parse(argv, {}, flags_of=lambda _: ()), weights=weights)
 
 
 def test_a_complete_folder_is_taken_as_it_is(folder: Path) -> None:
@@ -369,11 +371,63 @@ def test_a_broken_config_is_named(folder: Path, content: str) -> None:
 
 def test_only_a_tokenizer_is_needed_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    assert resolve("--model-id", str(folder), needs_weights=False) == folder
+    assert resolve("--model-id", str(folder), weights=()) == folder
     (folder / "config.json").unlink()
-    assert resolve("--model-id", str(folder), needs_weights=False) == folder
+    assert resolve("--model-id", str(folder), weights=()) == folder
 
 
 def test_random_weights_need_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    assert resolve("--model-id", str(folder), "--load-format", "dummy", needs_weights=True) == folder
+    assert resolve("--model-id", str(folder), "--load-format", "dummy") == folder
+
+
+GGUF = {
+    "model-Q4_K_M.gguf": b"four bits",
+    "model-Q8_0.gguf": b"eight bits",
+    "f16/model-f16-00001-of-00002.gguf": b"first",
+    "f16/model-f16-00002-of-00002.gguf": b"second",
+    "mmproj-model.gguf": b"eyes",
+}
+
+
+@pytest.mark.parametrize(
+    ("choice", "fetched"),
+    [
+        ("Q8_0", ["model-Q8_0.gguf"]),
+        ("q4_k_m", ["model-Q4_K_M.gguf"]),
+        ("model-Q8_0.gguf", ["model-Q8_0.gguf"]),
+        ("f16", ["f16/model-f16-00001-of-00002.gguf", "f16/model-f16-00002-of-00002.gguf"]),
+    ],
+)
+def test_a_gguf_file_is_chosen_by_type_or_name(fake_hub: Hub, tmp_path: Path, choice: str, fetched: list[str]) -> None:
+    fake_hub.files |= GGUF
+    path = folder_of(download(fake_hub, tmp_path, f"org/model:{choice}"))
+    assert path.read_bytes() == GGUF[fetched[0]]
+    assert sorted(fake_hub.fetched) == fetched
+    offline = download("http://127.0.0.1:1", tmp_path, f"org/model:{choice}", HF_HUB_OFFLINE="1")
+    assert folder_of(offline) == path
+
+
+def test_a_choice_that_fits_nothing_lists_what_there_is(fake_hub: Hub, tmp_path: Path) -> None:
+    fake_hub.files |= GGUF
+    result = download(fake_hub, tmp_path, "org/model:Q2_K")
+    assert result.returncode == 1
+    assert "has no GGUF file for `Q2_K`" in result.stderr
+    assert "model-Q8_0" in result.stderr
+    assert fake_hub.fetched == []
+
+
+def test_gguf_files_are_taken_from_folders_too(tmp_path: Path) -> None:
+    for name in ("a-Q4_K_M.gguf", "a-Q8_0.gguf"):
+        (tmp_path / name).touch()
+    both: tuple[WeightFormat, ...] = ("gguf", "safetensors")
+    assert resolve("--model-id", f"{tmp_path}:q8_0", weights=both) == tmp_path / "a-Q8_0.gguf"
+    assert resolve("--model-id", str(tmp_path / "a-Q8_0.gguf"), weights=both) == tmp_path / "a-Q8_0.gguf"
+    assert resolve("--model-id", str(tmp_path), weights=both) == tmp_path
+    with pytest.raises(ModelError, match="served by --backend llamacpp"):
+        resolve("--model-id", str(tmp_path / "a-Q8_0.gguf"))
+
+
+def test_convert_says_who_could_write_a_format(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["convert", "--to", "papyrus", "model", str(tmp_path / "out")]) == 1
+    assert "no installed backend writes `papyrus`" in capsys.readouterr().err

@@ -51,7 +51,7 @@ class Gateway:
             time.sleep(0.02)
 
     def children(self) -> dict[str, int]:
-        """Pids by what runs: engine_process, http_process or download_process."""
+        """Pids by what runs: engine_process, http_process or model_process."""
         found: dict[str, int] = {}
         for pid in _children(self.process.pid):
             with contextlib.suppress(OSError):

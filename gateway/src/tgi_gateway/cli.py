@@ -43,6 +43,10 @@ def _run(argv: list[str]) -> int:
             return _doctor(rest)
         case ["download", *rest]:
             return _download(rest)
+        case ["convert", *rest]:
+            from tgi_gateway.convert import run
+
+            return run(rest)
         case ["serve", *rest]:
             return _serve(rest)
     return _serve(argv)
@@ -127,30 +131,23 @@ def _doctor(argv: list[str]) -> int:
 def _download(argv: list[str]) -> int:
     if not argv or argv[0] in HELP:
         print(
-            "usage: tgi-gateway download MODEL [--revision REVISION] [--huggingface-hub-cache PATH]\n\n"
-            "Fetch a model from the hub, or go on with a download that broke off, and print its folder.\n"
+            "usage: tgi-gateway download MODEL [--backend NAME] [--revision NAME] [--huggingface-hub-cache PATH]\n\n"
+            "Fetch a model from the hub, or go on with a download that broke off, and print its folder. MODEL:FILE or\n"
+            "MODEL:Q4_K_M fetches that GGUF file; --backend llamacpp fetches what it can serve.\n"
             "Variables: HF_TOKEN for gated and private models, HF_ENDPOINT for another hub."
         )
         return 0 if argv else 2
-    import signal
-
-    from tgi_gateway import hub
-    from tgi_gateway.launcher.display import Display
+    from tgi_gateway import hub, plugins
+    from tgi_gateway.convert import resolve_shown
+    from tgi_gateway.gguf_choice import split_model_id
     from tgi_gateway.settings import Settings
-    from tgi_gateway.telemetry import logs
 
     settings = Settings.parse(["--model-id", *argv], os.environ, flags_of=lambda _: ())
-    log = logs.configure(settings.log_level, json_output=settings.json_output, stream=sys.stderr)
-    with Display(log, stream=sys.stderr) as display:
-
-        def interrupted(*_: object) -> None:
-            # The hub's library would first wait for its threads, which may wait for a silent server.
-            display.__exit__(None, None, None)
-            os._exit(INTERRUPTED)
-
-        signal.signal(signal.SIGINT, interrupted)
-        folder = hub.resolve(settings, report=display.bytes(f"Downloading {settings.model_id}"))
-    print(folder)
+    if "backend" in settings.given:
+        weights = plugins.load(settings.backend).weights
+    else:
+        weights = ("gguf",) if split_model_id(settings.model_id or "")[1] else hub.SAFETENSORS
+    print(resolve_shown(settings, weights))
     return 0
 
 

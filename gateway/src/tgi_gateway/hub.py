@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tgi_gateway import gguf_choice
+from tgi_gateway.backend import BackendPlugin, WeightFormat
 from tgi_gateway.errors import ModelError
 from tgi_gateway.hub_download import Report, download, is_weights
 from tgi_gateway.settings import Settings
@@ -15,12 +17,26 @@ DEMO_MODEL_ID = "tgi-demo-model"
 """What the API calls the model that is served when none was named."""
 
 
-def resolve(settings: Settings, *, needs_weights: bool = True, report: Report | None = None) -> Path:
+SAFETENSORS: tuple[WeightFormat, ...] = ("safetensors",)
+
+
+def wanted_weights(plugin: BackendPlugin, settings: Settings) -> tuple[WeightFormat, ...]:
+    """The formats in which this server could use the model's weights; none if it needs no weights of it."""
+    given = (settings.extra.get(flag.name.removeprefix("--").replace("-", "_")) for flag in plugin.flags)
+    replaced = any(value for flag, value in zip(plugin.flags, given, strict=True) if flag.replaces_weights)
+    return () if replaced or not plugin.needs_model else plugin.weights
+
+
+def resolve(
+    settings: Settings, *, weights: tuple[WeightFormat, ...] = SAFETENSORS, report: Report | None = None
+) -> Path:
     """The local folder (or file) of ``settings.model_id``, complete and readable.
 
-    `needs_weights`: False for engines that only need a tokenizer. Raises `ModelError` with the next step.
+    `weights`: the formats that will do, the preferred one first; none for engines that only need a tokenizer. Raises
+    `ModelError` with the next step.
     """
-    needs_weights = needs_weights and settings.load_format != "dummy"
+    if settings.load_format == "dummy":
+        weights = ()
     if settings.weights_cache_override is not None:
         folder = Path(settings.weights_cache_override).expanduser()
         if not folder.is_dir():
@@ -28,12 +44,17 @@ def resolve(settings: Settings, *, needs_weights: bool = True, report: Report | 
     elif settings.model_id is None:
         folder = demo_model()
     elif needs_download(settings):
-        folder = download(settings, needs_weights=needs_weights, report=report)
-    else:
-        folder = Path(settings.model_id).expanduser()
+        folder = download(settings, weights=weights, report=report)
         if folder.is_file():
-            return folder.resolve()
-    check_folder(folder, needs_weights=needs_weights)
+            return folder
+    else:
+        folder, choice = _local(settings.model_id)
+        if folder.is_file():
+            return _file(folder, weights)
+        if choice is not None:
+            chosen = gguf_choice.choose(str(folder), (path.name for path in folder.iterdir()), choice)
+            return _file(folder / chosen[0], weights)
+    check_folder(folder, weights=weights)
     return folder.resolve()
 
 
@@ -41,7 +62,22 @@ def needs_download(settings: Settings) -> bool:
     """Whether `resolve` would ask the hub."""
     if settings.weights_cache_override is not None or settings.model_id is None:
         return False
-    return not Path(settings.model_id).expanduser().exists()
+    return not _local(settings.model_id)[0].exists()
+
+
+def _local(model_id: str) -> tuple[Path, str | None]:
+    """`model_id` as a path, and the GGUF file that is chosen of it."""
+    model, choice = gguf_choice.split_model_id(model_id)
+    return Path(model).expanduser(), choice
+
+
+def _file(path: Path, weights: tuple[WeightFormat, ...]) -> Path:
+    if "gguf" not in weights or path.suffix != gguf_choice.SUFFIX:
+        raise ModelError(
+            f"{path} is a file. This backend serves model folders; files that end in {gguf_choice.SUFFIX} are served "
+            "by --backend llamacpp"
+        )
+    return path.resolve()
 
 
 def demo_model() -> Path:
@@ -61,16 +97,18 @@ def demo_model() -> Path:
         raise ModelError(f"the demo model is not here: {error} Or name a model with --model-id") from error
 
 
-def check_folder(folder: Path, *, needs_weights: bool) -> None:
+def check_folder(folder: Path, *, weights: tuple[WeightFormat, ...]) -> None:
     """Raise `ModelError` naming the first file that is missing or unreadable."""
     if not folder.is_dir():
         raise ModelError(f"the model folder {folder} does not exist")
+    if "gguf" in weights and any(folder.glob(f"*{gguf_choice.SUFFIX}")):
+        return  # which has its tokenizer in it
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(
             f"{folder} has no tokenizer.json. Name a model folder that has one; convert an older tokenizer once: "
             "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    if not needs_weights:
+    if not weights:
         return
     _read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"

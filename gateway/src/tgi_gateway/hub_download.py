@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tgi_gateway import gguf_choice
+from tgi_gateway.backend import WeightFormat
 from tgi_gateway.errors import ModelError
 from tgi_gateway.settings import Settings
 
@@ -38,10 +40,10 @@ SKIPPED = ("consolidated", "arguments", "args", "training")
 TEMPLATES = "additional_chat_templates/"
 
 
-def download(settings: Settings, *, needs_weights: bool = True, report: Report | None = None) -> Path:
+def download(settings: Settings, *, weights: tuple[WeightFormat, ...], report: Report | None = None) -> Path:
     """Fetch the model into the hub's cache, or find it there. Broken transfers resume where they stopped.
 
-    Raises `ModelError`.
+    Returns its folder, or of GGUF weights the (first) file. Raises `ModelError`.
     """
     if importlib.util.find_spec("hf_transfer") is None:
         os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # images set it; the library would insist on the package
@@ -53,7 +55,7 @@ def download(settings: Settings, *, needs_weights: bool = True, report: Report |
     place = _Place.of(settings)
     with _explained(place):
         if place.offline:
-            cached = _cached(place, needs_weights)
+            cached = _cached(place, weights)
             if cached is None:
                 raise ModelError(
                     f"{place} is not, or not completely, in {place.cache}, and HF_HUB_OFFLINE forbids asking the hub. "
@@ -67,14 +69,14 @@ def download(settings: Settings, *, needs_weights: bool = True, report: Report |
                 found = huggingface_hub.HfApi(token=place.token).model_info(
                     place.model_id, revision=place.revision, files_metadata=True
                 )
-                wanted = [file for file in _files(found) if needs_weights or not is_weights(file.name)]
-                _check_listing(place, wanted, needs_weights)
+                wanted, first = _wanted(place, list(_files(found)), weights)
+                _check_room(place, wanted)
                 with _watched(place, wanted, report):
-                    return _snapshot(place, [file.name for file in wanted])
+                    return _snapshot(place, [file.name for file in wanted]) / first
             except _broken() as error:
                 if not _is_transient(error):
                     raise
-                if (cached := _cached(place, needs_weights)) is not None:
+                if (cached := _cached(place, weights)) is not None:
                     logger.warning("The hub does not answer (%s); using what is in the cache", type(error).__name__)
                     return cached
                 if not left:
@@ -92,6 +94,8 @@ class _Place:
     """Which model, and how to get at it."""
 
     model_id: str
+    choice: str | None
+    """Which of its GGUF files."""
     revision: str | None
     token: str | None
     cache: Path
@@ -101,8 +105,10 @@ class _Place:
     def of(settings: Settings) -> _Place:
         from huggingface_hub import constants
 
+        model_id, choice = gguf_choice.split_model_id(settings.model_id or "")
         return _Place(
-            model_id=settings.model_id or "",
+            model_id=model_id,
+            choice=choice,
             revision=settings.revision,
             token=settings.hf_token,
             cache=Path(settings.huggingface_hub_cache or constants.HF_HUB_CACHE).expanduser(),
@@ -140,12 +146,14 @@ def _snapshot(place: _Place, names: Iterable[str]) -> Path:
     return Path(str(folder))
 
 
-def _cached(place: _Place, needs_weights: bool) -> Path | None:
-    """The folder of an earlier download, if that was finished."""
+def _cached(place: _Place, weights: tuple[WeightFormat, ...]) -> Path | None:
+    """What an earlier download left, if that was finished."""
     import huggingface_hub
 
     from tgi_gateway.hub import check_folder
 
+    if "gguf" in weights and (file := _cached_gguf(place)) is not None:
+        return file
     found = huggingface_hub.try_to_load_from_cache(
         place.model_id, "tokenizer.json", cache_dir=str(place.cache), revision=place.revision
     )
@@ -153,10 +161,27 @@ def _cached(place: _Place, needs_weights: bool) -> Path | None:
         return None
     folder = Path(found).parent
     try:
-        check_folder(folder, needs_weights=needs_weights)
+        check_folder(folder, weights=weights)
     except ModelError:
         return None
     return folder
+
+
+def _cached_gguf(place: _Place) -> Path | None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                place.model_id, revision=place.revision, cache_dir=str(place.cache), local_files_only=True
+            )
+        )
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{gguf_choice.SUFFIX}")]
+        chosen = gguf_choice.choose(place.model_id, names, place.choice)
+    except (LocalEntryNotFoundError, ModelError):
+        return None
+    return folder / chosen[0] if chosen else None
 
 
 def _files(found: HubModel) -> Iterator[_File]:
@@ -164,9 +189,10 @@ def _files(found: HubModel) -> Iterator[_File]:
     for sibling in found.siblings or ():
         name: str = sibling.rfilename
         place, _, last = name.rpartition("/")
-        if place and f"{place}/" != TEMPLATES:
+        gguf = name.endswith(gguf_choice.SUFFIX)
+        if place and f"{place}/" != TEMPLATES and not gguf:
             continue
-        if not name.endswith(SUFFIXES) or any(part in last for part in SKIPPED):
+        if not (gguf or name.endswith(SUFFIXES)) or any(part in last for part in SKIPPED):
             continue
         blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         yield _File(name, sibling.size or 0, blob or "")
@@ -177,15 +203,33 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors") and not any(part in name for part in SKIPPED)
 
 
-def _check_listing(place: _Place, files: list[_File], needs_weights: bool) -> None:
-    """Before gigabytes are fetched."""
-    names = {file.name for file in files}
-    needed = ["tokenizer.json", *(["config.json"] if needs_weights else [])]
-    missing = [name for name in needed if name not in names]
-    if needs_weights and not any(is_weights(name) for name in names):
+def _wanted(place: _Place, files: list[_File], weights: tuple[WeightFormat, ...]) -> tuple[list[_File], str]:
+    """What to fetch, and the name of the file that stands for the model ("": the folder does).
+
+    Decided before gigabytes are fetched. Raises `ModelError`.
+    """
+    others = [file for file in files if not is_weights(file.name) and not file.name.endswith(gguf_choice.SUFFIX)]
+    if "gguf" in weights and (
+        chosen := gguf_choice.choose(place.model_id, (each.name for each in files), place.choice)
+    ):
+        return [file for file in files if file.name in chosen], chosen[0]
+    if place.choice is not None:
+        raise ModelError(
+            f"`{place.model_id}:{place.choice}` chooses a GGUF file, which this backend cannot serve. Leave the choice "
+            "out, or use --backend llamacpp"
+        )
+    wanted = [*others, *(file for file in files if is_weights(file.name))] if weights else others
+    names = {file.name for file in wanted}
+    missing = [name for name in ("tokenizer.json", *(["config.json"] if weights else [])) if name not in names]
+    if weights and not any(is_weights(name) for name in names):
         missing.append("*.safetensors weights")
     if missing:
         raise ModelError(f"the hub's model {place} has no {', no '.join(missing)}. Choose another model or --revision")
+    return wanted, ""
+
+
+def _check_room(place: _Place, files: list[_File]) -> None:
+    """Raise `ModelError` if what is still to be fetched does not fit on the disk."""
     absent = sum(file.size - _present(place, file) for file in files)
     with contextlib.suppress(OSError):  # a folder that cannot be asked fails at its first write, with its own message
         place.cache.mkdir(parents=True, exist_ok=True)

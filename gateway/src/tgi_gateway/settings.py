@@ -414,12 +414,13 @@ class Settings:
             shown[name] = "***" if option.secret and value else value
         return shown | dict(self.extra)
 
-    def engine_options(self, model_path: Path) -> EngineOptions:
-        """What the engine is started with; `model_path` is the local folder of the model."""
+    def engine_options(self, model_path: Path, tokenizer_path: Path | None = None) -> EngineOptions:
+        """What the engine is started with; `model_path` is the local folder (or file) of the model."""
         known = self.resolved()
         return EngineOptions(
             model_path=model_path,
             model_id=self.model_id or model_path.name,
+            tokenizer_path=tokenizer_path,
             dtype=known.dtype,
             quantize=known.quantize,
             kv_cache_dtype=known.kv_cache_dtype,

@@ -41,6 +41,9 @@ class Assignment:
     socket_path: str
     metrics_folder: str = ""
     model_path: str = ""
+    """What the engine loads."""
+    tokenizer_path: str = ""
+    """The folder of the model's tokenizer."""
     worker: int = 0
     """Which HTTP worker."""
     restarts: int = 0

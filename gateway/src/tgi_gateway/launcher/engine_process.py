@@ -32,7 +32,8 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
     missing = plugin.missing()
     if missing is not None:
         raise PluginError(f"backend `{plugin.name}` cannot run on this machine: {missing}")
-    backend = plugin.create(settings.engine_options(Path(assignment.model_path)))
+    options = settings.engine_options(Path(assignment.model_path), Path(assignment.tokenizer_path))
+    backend = plugin.create(options)
     dispatch = Dispatch(
         backend,
         max_concurrent_requests=settings.max_concurrent_requests,

@@ -77,7 +77,7 @@ class _Server(uvicorn.Server):
 
 async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     settings = assignment.settings
-    folder = Path(assignment.model_path)
+    folder = Path(assignment.tokenizer_path)
     tokenizer = Tokenizer.from_folder(folder, settings.tokenizer_config_path, settings.validation_workers)
     chat_template = ChatTemplate.from_folder(folder, settings.tokenizer_config_path)
     # However long the model takes: the launcher ends this process if the engine fails.

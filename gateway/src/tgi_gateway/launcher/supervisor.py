@@ -13,10 +13,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tgi_gateway import hub, plugins
+from tgi_gateway.backend import ModelFiles
 from tgi_gateway.errors import PluginError, StartError
 from tgi_gateway.launcher import processes, runtime
 from tgi_gateway.launcher.child import Assignment
@@ -130,25 +132,30 @@ class Supervisor:
         if self.settings.env:
             logger.info("Environment", extra=logs.fields(**_environment()))
 
-    async def _model(self, folder: RuntimeFolder) -> Path:
-        """The model's local folder; downloads it in a process of its own if need be."""
-        needs_weights = plugins.load(self.settings.backend).needs_model
-        if not hub.needs_download(self.settings):
-            path = hub.resolve(self.settings, needs_weights=needs_weights)
-            if self.settings.model_id is None:
-                self.settings = replace(self.settings, model_id=hub.DEMO_MODEL_ID)
-            return path
-        # The only child that may know the hub's token.
-        assignment = self._assignment("download", folder)
-        child = await self._start("tgi_gateway.launcher.download_process", assignment)
-        path = Path(await self._ready(child))
-        await child.exit
-        self._children.remove(child)
-        return path
+    async def _model(self, folder: RuntimeFolder) -> ModelFiles:
+        """The model's local files; downloads and prepares them in a process of its own if need be."""
+        plugin = plugins.load(self.settings.backend)
+        if plugin.prepare is None and not hub.needs_download(self.settings):
+            path = hub.resolve(self.settings, weights=hub.wanted_weights(plugin, self.settings))
+            files = ModelFiles(path, path)
+        else:
+            # The only child that may know the hub's token.
+            child = await self._start("tgi_gateway.launcher.model_process", self._assignment("model", folder))
+            files = msgspec.json.decode(
+                await self._ready(child), type=ModelFiles, dec_hook=lambda kind, text: kind(text)
+            )
+            await child.exit
+            self._children.remove(child)
+        if self.settings.model_id is None:
+            self.settings = replace(self.settings, model_id=hub.DEMO_MODEL_ID)
+        return files
 
-    async def _engine(self, folder: RuntimeFolder, model: Path) -> _Place:
+    async def _engine(self, folder: RuntimeFolder, model: ModelFiles) -> _Place:
         assignment = replace(
-            self._assignment("engine", folder), settings=self.settings.without_secrets(), model_path=str(model)
+            self._assignment("engine", folder),
+            settings=self.settings.without_secrets(),
+            model_path=str(model.model),
+            tokenizer_path=str(model.tokenizer),
         )
 
         def start(restarts: int) -> Awaitable[Child]:
@@ -156,11 +163,12 @@ class Supervisor:
 
         return _Place("engine", start, await start(0), self.settings.restart_engine, self.settings.engine_timeout)
 
-    async def _worker(self, worker: int, folder: RuntimeFolder, model: Path, taken: socket.socket) -> _Place:
+    async def _worker(self, worker: int, folder: RuntimeFolder, model: ModelFiles, taken: socket.socket) -> _Place:
         assignment = replace(
             self._assignment(f"http-{worker}", folder),
             settings=replace(self.settings, hf_token=None),
-            model_path=str(model),
+            model_path=str(model.model),
+            tokenizer_path=str(model.tokenizer),
             worker=worker,
             listen_fd=taken.fileno(),
         )
