@@ -6,10 +6,13 @@ ARGS ?=
 CONSTRAINTS := docker/constraints/cpu.txt
 DISTRIBUTIONS := gateway model-server backends/cpu demo-model
 DEV_DISTRIBUTIONS := $(DISTRIBUTIONS) backends/cuda contract-tests
-SOURCES := gateway/src model-server/src backends/cpu/src backends/cuda/src contract-tests/src demo-model/src
+SOURCES := gateway/src model-server/src backends/cpu/src backends/cuda/src backends/llamacpp/src contract-tests/src demo-model/src
+LLAMACPP := docker/constraints/llamacpp.txt
+# Of llama.cpp only what the backend uses, for any x86-64 processor since 2013; on others the flags mean nothing.
+LLAMACPP_BUILD := SKBUILD_BUILD_TARGETS=llama CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"
 TESTS := $(wildcard */tests backends/*/tests) tests bench $(wildcard demo-model/*.py)
 PIP := .venv/bin/python -m pip
-MANIFESTS := $(CONSTRAINTS) pyproject.toml $(addsuffix /pyproject.toml,$(DEV_DISTRIBUTIONS))
+MANIFESTS := $(CONSTRAINTS) pyproject.toml $(addsuffix /pyproject.toml,$(DEV_DISTRIBUTIONS) backends/llamacpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-gpu lint format contract bench proto clean
@@ -31,12 +34,21 @@ help: ## Show this list
 .venv/dev: .venv/serve
 	@echo "Installing the development tools into .venv"
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --group dev $(addprefix --editable ./,$(DEV_DISTRIBUTIONS))
+	$(PIP) install --quiet --no-deps --editable ./backends/llamacpp
 	@touch $@
+
+.venv/llamacpp: .venv/dev $(LLAMACPP)
+	@if command -v c++ >/dev/null; then \
+		echo "Compiling llama.cpp into .venv (some minutes the first time; pip keeps what it compiled)"; \
+		$(LLAMACPP_BUILD) $(PIP) install --quiet --constraint $(CONSTRAINTS) --constraint $(LLAMACPP) --editable ./backends/llamacpp && touch $@; \
+	else \
+		echo "There is no C++ compiler (c++), so the tests that run llama.cpp are skipped. Install one: apt-get install g++"; \
+	fi
 
 serve: .venv/serve ## Start the gateway on the CPU with the demo model; make serve PORT=3000 ARGS="--model-id DIR"
 	@exec .venv/bin/tgi-gateway --port $(PORT) $(ARGS)
 
-test: .venv/dev ## Run all tests that need no accelerator; make test ARGS="-k words"
+test: .venv/dev .venv/llamacpp ## Run all tests that need no accelerator; make test ARGS="-k words"
 	.venv/bin/python -m pytest $(ARGS)
 
 test-gpu: .venv/dev ## Run the tests that need a GPU, and the contract of the CUDA backend; wants a torch with CUDA

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from tgi_gateway.backend import ModelInfo
 from tgi_gateway.types import Failed, Finished, Request, StepEvents
-from tgi_model_server.backend import TorchBackend
+from tgi_model_server.stepped import SteppedBackend
 
 
 class Client:
     """A started backend and what it said. Asserts that each request ends once, and has no token afterwards."""
 
-    def __init__(self, backend: TorchBackend) -> None:
+    def __init__(self, backend: SteppedBackend) -> None:
         self.backend = backend
         self.info: ModelInfo
         self.tokens: dict[int, list[int]] = defaultdict(list)

@@ -18,7 +18,7 @@ from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 _MASK = (1 << 64) - 1
 
 
-def _mix(left: int, right: int) -> int:
+def mix(left: int, right: int) -> int:
     """Two integers to 64 well-mixed bits (the finalizer of splitmix64)."""
     x = (left * 0x9E3779B97F4A7C15 + right + 1) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -26,14 +26,12 @@ def _mix(left: int, right: int) -> int:
     return x ^ (x >> 31)
 
 
-def _choose(
-    cells: Sequence[int], request: Request, output: Sequence[int], allow_eos: bool, vocab: int, eos: int
-) -> int:
+def choose(cells: Sequence[int], request: Request, output: Sequence[int], allow_eos: bool, vocab: int, eos: int) -> int:
     state = request.sampling.seed if request.sampling.do_sample else 0
     for cell in cells:
-        state = _mix(state, cell)
+        state = mix(state, cell)
     for token in output:
-        state = _mix(state, token)
+        state = mix(state, token)
     token = state % vocab
     if not allow_eos and token in (eos, *request.stop.stop_token_ids):
         token = next(t for t in range(vocab) if t not in (eos, *request.stop.stop_token_ids))
@@ -48,15 +46,15 @@ def toy_answer(request: Request, *, vocab: int, eos: int) -> list[int]:
     """The tokens that ToyRunner generates for `request` when nothing interferes."""
     cells: list[int] = []
     for token in request.input_ids:
-        cells.append(_mix(cells[-1] if cells else 0, token))
+        cells.append(mix(cells[-1] if cells else 0, token))
     output: list[int] = []
     stop = request.stop
     while len(output) < stop.max_new_tokens:
-        token = _choose(cells, request, output, len(output) >= stop.min_new_tokens, vocab, eos)
+        token = choose(cells, request, output, len(output) >= stop.min_new_tokens, vocab, eos)
         output.append(token)
         if (token == eos and not stop.ignore_eos) or token in stop.stop_token_ids:
             break
-        cells.append(_mix(cells[-1], token))
+        cells.append(mix(cells[-1], token))
     return output
 
 
@@ -110,7 +108,7 @@ class ToyRunner:
     """What the chip has been told and has not done yet, in order."""
 
     def __post_init__(self) -> None:
-        self._store = [_mix(7, cell) for cell in range(self.num_pages * self.page_size)]
+        self._store = [mix(7, cell) for cell in range(self.num_pages * self.page_size)]
 
     def admit(self, slot: int, request: Request, output_ids: Sequence[int], constraint: object = None) -> None:
         assert constraint is None, "a toy has no words"
@@ -202,7 +200,7 @@ class ToyRunner:
             start = kv - query
             previous = store[pages[(start - 1) // size] * size + (start - 1) % size] if start else 0
             for token, cell in zip(plan.token_ids[at : at + query], targets[at : at + query], strict=True):
-                previous = _mix(previous, state.last if token == PREVIOUS_TOKEN else token)
+                previous = mix(previous, state.last if token == PREVIOUS_TOKEN else token)
                 store[cell] = previous
             at += query
             if row in plan.prompt_targets:
@@ -212,7 +210,7 @@ class ToyRunner:
             index = sampled[row]
             assert plan.output_lens[index] == len(state.output)
             cells = [store[pages[position // size] * size + position % size] for position in range(kv)]
-            token = _choose(cells, state.request, state.output, plan.allow_eos[index], self.vocab, self.eos)
+            token = choose(cells, state.request, state.output, plan.allow_eos[index], self.vocab, self.eos)
             state.last = token
             state.output.append(token)
             result.token_ids.append(token)

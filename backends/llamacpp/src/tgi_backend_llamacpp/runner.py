@@ -1,0 +1,149 @@
+"""LlamaRunner: one step is one batch of llama.cpp, prompts and single tokens mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tgi_backend_llamacpp.filters import Row, log_sum_exp
+from tgi_backend_llamacpp.native import Context, Indices, Model
+from tgi_backend_llamacpp.sampling import Logits, Sampler
+from tgi_backend_llamacpp.sequences import SequenceMap
+from tgi_gateway.errors import ValidationError
+from tgi_gateway.types import Request
+from tgi_model_server.kv.pages import PageAllocator
+from tgi_model_server.kv.prefix import PrefixCache
+from tgi_model_server.plan import StepPlan, StepResult
+from tgi_model_server.sampling.grammar import Constraint
+
+PAGE_SIZE = 32
+"""Tokens; what prefixes are compared by, no unit of llama.cpp's."""
+OUTPUT_ROWS = 128
+"""Most rows of logits that exist at a time, unless more sequences are decoded at once."""
+
+
+class LlamaRunner:
+    """Implements `runner.Runner` and `runner.HoldsPages`. A step is done when `run` returns."""
+
+    page_size = PAGE_SIZE
+    pipeline_depth = 1
+
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        *,
+        num_pages: int,
+        max_sequences: int,
+        sequence_ids: int,
+        adapters: Mapping[str, Any],
+    ) -> None:
+        self.num_pages = num_pages
+        self.max_sequences = max_sequences
+        self._context = context
+        self._adapters = adapters
+        self._sampler = Sampler(model.vocab_size, model.end_token_ids)
+        self._sequences = SequenceMap(context, PAGE_SIZE, max_sequences, sequence_ids)
+
+    def attach(self, pages: PageAllocator, prefix: PrefixCache | None) -> None:
+        self._sequences.attach(pages, prefix)
+
+    def admit(
+        self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
+        adapter = request.adapter_id
+        if adapter is not None and adapter not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none"
+            raise ValidationError(f"there is no adapter `{adapter}`; loaded with --lora-adapters: {known}")
+        self._sampler.admit(slot, request, output_ids, constraint)
+
+    def release(self, slot: int) -> None:
+        self._sampler.release(slot)
+        self._sequences.release(slot)
+
+    def run(self, plan: StepPlan) -> _Done:
+        pending = self._sampler.begin(plan)
+        try:
+            starts = [kv_len - query_len for kv_len, query_len in zip(plan.kv_lens, plan.query_lens, strict=True)]
+            self._sequences.prepare(plan.slots, starts, plan.pages)
+            logits, prompt_logprobs = self._compute(plan)
+        finally:
+            masks = pending() if pending is not None else None
+        result = self._sampler.sample(logits, plan, masks) if plan.sample_rows else StepResult([], [])
+        result.prompt_logprobs = prompt_logprobs
+        done = _Done(result)
+        if masks is not None:
+            self._sampler.sampled(plan, done)
+        return done
+
+    def _compute(self, plan: StepPlan) -> tuple[Logits, dict[int, list[float]]]:
+        """float32 logits [sampled rows, vocabulary], and log-probabilities of prompts by row."""
+        step = _Flat(plan, [self._sequences.sequence_of(slot) for slot in plan.slots])
+        adapters = [self._sampler.adapter(slot) for slot in plan.slots] if self._adapters else [None] * len(plan.slots)
+        if not plan.prompt_targets and len(set(adapters)) == 1:
+            return self._decode(adapters[0], step, np.arange(len(plan.token_ids)), step.last_tokens), {}
+        chosen: dict[int, Row] = {}
+        prompt_logprobs: dict[int, list[float]] = {}
+        sampled = set(plan.sample_rows)
+        # llama.cpp applies an adapter to a whole batch.
+        for adapter in set(adapters):
+            rows = [row for row, wanted in enumerate(adapters) if wanted == adapter]
+            together = [row for row in rows if row not in plan.prompt_targets]
+            if together:
+                last = [row for row in together if row in sampled]
+                logits = self._decode(adapter, step, step.tokens_of(together), step.ends[last] - 1)
+                chosen.update(zip(last, logits.copy(), strict=True))
+            for row in rows:
+                if row in plan.prompt_targets:
+                    prompt_logprobs[row], chosen[row] = self._read_prompt(adapter, step, row, plan.prompt_targets[row])
+        if not plan.sample_rows:
+            return np.empty((0, 0), np.float32), prompt_logprobs
+        return np.stack([chosen[row] for row in plan.sample_rows]), prompt_logprobs
+
+    def _read_prompt(
+        self, adapter: str | None, step: _Flat, row: int, targets: Sequence[int]
+    ) -> tuple[list[float], Row]:
+        """Log-probabilities of `targets`, each after the token of the row at its place; and the row's last logits."""
+        found: list[float] = []
+        tokens = step.tokens_of([row])
+        for begin in range(0, len(tokens), OUTPUT_ROWS):
+            piece = tokens[begin : begin + OUTPUT_ROWS]
+            logits = self._decode(adapter, step, piece, piece)
+            for scores, target in zip(logits, targets[begin : begin + len(piece)], strict=False):
+                found.append(float(scores[target] - log_sum_exp(scores)))
+        return found, logits[-1].copy()
+
+    def _decode(self, adapter: str | None, step: _Flat, tokens: Indices, wanted: Indices) -> Logits:
+        """The logits at `wanted`, which are some of `tokens`; both are places in the step, ascending."""
+        self._context.use_adapter(None if adapter is None else self._adapters[adapter])
+        places = np.searchsorted(tokens, wanted)
+        return self._context.decode(step.token_ids[tokens], step.positions[tokens], step.owners[tokens], places)
+
+
+class _Flat:
+    """A plan's new tokens as arrays, one row after the other."""
+
+    def __init__(self, plan: StepPlan, sequences: Sequence[int]) -> None:
+        self.token_ids = np.asarray(plan.token_ids, np.int32)
+        self.positions = np.asarray(plan.positions(), np.int32)
+        self.owners = np.repeat(np.asarray(sequences, np.int32), plan.query_lens)
+        self.ends = np.cumsum(plan.query_lens)
+        """Per row: the place after its last token."""
+        self._starts = self.ends - plan.query_lens
+        self.last_tokens = self.ends[plan.sample_rows] - 1
+
+    def tokens_of(self, rows: Sequence[int]) -> Indices:
+        return np.concatenate([np.arange(self._starts[row], self.ends[row]) for row in rows])
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """Implements `runner.StepOutput`."""
+
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        return self.result

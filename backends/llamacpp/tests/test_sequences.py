@@ -1,0 +1,130 @@
+"""Pages as sequences: whatever is shared, evicted or preempted, every sequence has its own past and nothing else."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tgi_backend_llamacpp.testing import CellRunner
+from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules
+from tgi_model_server.batcher import BatchLimits
+from tgi_model_server.loop import StepLoop
+from tgi_model_server.testing.runner import toy_answer
+
+
+class Served:
+    """A step loop over a CellRunner, turned by hand."""
+
+    def __init__(self, runner: CellRunner, *, prefix_caching: bool = True) -> None:
+        limits = BatchLimits(
+            page_size=runner.page_size,
+            num_pages=runner.num_pages,
+            max_sequences=runner.max_sequences,
+            max_step_tokens=24,
+            max_input_tokens=120,
+            max_total_tokens=160,
+            prefix_caching=prefix_caching,
+        )
+        self.runner = runner
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, Finished | Failed] = {}
+        self.loop = StepLoop(runner, limits, [runner.eos], self._take)
+
+    def _take(self, events: StepEvents) -> None:
+        for request_id, token in zip(events.request_ids, events.token_ids, strict=True):
+            self.tokens.setdefault(request_id, []).append(token)
+        ends: list[Finished | Failed] = [*events.finished, *events.failed]
+        for end in ends:
+            self.ends[end.request_id] = end
+
+    def run(self) -> None:
+        while self.loop.has_work() and self.loop.turn():
+            self.loop.batcher.check()
+
+
+def request(request_id: int, prompt: list[int], new: int, seed: int | None = None, **more: object) -> Request:
+    sampling = SamplingParams() if seed is None else SamplingParams(do_sample=True, seed=seed)
+    return Request(request_id, tuple(prompt), sampling, StopRules(new, ignore_eos=True), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sequence_ids", [4, 6, 24])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_traffic_answers_as_if_each_request_were_alone(seed: int, sequence_ids: int) -> None:
+    rng = random.Random(f"{seed} {sequence_ids}")
+    served = Served(CellRunner(page_size=4, num_pages=41, max_sequences=4, sequence_ids=sequence_ids))
+    roots = [[rng.randrange(50) for _ in range(rng.randrange(5, 60))] for _ in range(3)]
+    asked: list[Request] = []
+    cancelled: set[int] = set()
+    for number in range(120):
+        root = rng.choice(roots)
+        prompt = root[: rng.randrange(1, len(root) + 1)] + [rng.randrange(50) for _ in range(rng.randrange(12))]
+        if asked and rng.random() < 0.3:  # the next turn of a conversation
+            before = rng.choice(asked)
+            prompt = [*before.input_ids, *served.tokens.get(before.request_id, []), rng.randrange(50)][:110]
+        one = request(
+            number,
+            prompt,
+            rng.randrange(1, 25),
+            seed=rng.choice([None, number]),
+            cache_salt=rng.choice(["", "", "other"]),
+            prefill_logprobs=rng.random() < 0.2,
+        )
+        asked.append(one)
+        served.loop.submit(one)
+        if rng.random() < 0.15:
+            cancelled.add(number)
+            served.loop.cancel(number)
+        for _ in range(rng.randrange(6)):
+            if served.loop.has_work():
+                served.loop.turn()
+                served.loop.batcher.check()
+    served.run()
+    for one in asked:
+        answer = toy_answer(one, vocab=50, eos=0)
+        got = served.tokens.get(one.request_id, [])
+        end = served.ends[one.request_id]
+        assert isinstance(end, Finished)
+        if end.reason == "cancelled":
+            assert one.request_id in cancelled
+            assert got == answer[: len(got)]
+        else:
+            assert got == answer
+    assert served.loop.batcher.stats.cached_tokens > 0
+    assert served.runner.store.most_used <= 160
+
+
+def test_the_turns_of_a_conversation_share_one_home() -> None:
+    runner = CellRunner(page_size=4, num_pages=101, max_sequences=2, sequence_ids=8)
+    served = Served(runner)
+    prompt = list(range(20))
+    for turn in range(6):
+        served.loop.submit(request(turn, prompt, 6))
+        served.run()
+        prompt = [*prompt, *served.tokens[turn], 7]
+    assert len(runner.map._homed) == 1
+    end = served.ends[5]
+    assert isinstance(end, Finished)
+    assert end.usage.cached_tokens >= 4 * ((len(prompt) - 7) // 4 - 2)
+
+
+def test_without_a_prefix_cache_nothing_stays() -> None:
+    runner = CellRunner(page_size=4, num_pages=21, max_sequences=2, sequence_ids=2)
+    served = Served(runner, prefix_caching=False)
+    for number in range(5):
+        served.loop.submit(request(number, list(range(number, number + 20)), 6))
+    served.run()
+    assert len(served.ends) == 5
+    assert runner.store.used == 0
+
+
+def test_preemption_gives_room_and_loses_nothing() -> None:
+    runner = CellRunner(page_size=4, num_pages=17, max_sequences=4, sequence_ids=8)
+    served = Served(runner)
+    asked = [request(number, [number] * 10, 30) for number in range(4)]
+    for one in asked:
+        served.loop.submit(one)
+    served.run()
+    assert served.loop.batcher.stats.preemptions > 0
+    for one in asked:
+        assert served.tokens[one.request_id] == toy_answer(one, vocab=50, eos=0)
