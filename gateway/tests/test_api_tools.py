@@ -153,6 +153,17 @@ async def test_a_template_that_joins_texts_takes_arguments_too(says: Callable[..
     assert (await worker.answer("/chat_tokenize", {"messages": messages}))["templated_text"] == 'x{"a": "é"}y'
 
 
+async def test_a_template_without_tools_that_knows_calls_is_told_how_its_family_calls(says: Callable[..., Any]) -> None:
+    special = tuple(f"<｜tool▁{word}｜>" for word in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
+    begin, call, sep, end, finish = special
+    template = PLAIN + "{# " + begin + " tool_calls #}"
+    worker: Worker = await says(f'{begin}{call}add{sep}{{"a": 1}}{end}{finish}', template, special)
+    message = (await worker.answer(CHAT, body()))["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    told = (await worker.answer("/chat_tokenize", body()))["templated_text"]
+    assert f"{begin}{call}the function's name{sep}{{argument name: value}}{end}{finish}" in told
+
+
 async def test_a_template_without_tools_is_told_of_them_in_words(says: Callable[..., Any]) -> None:
     worker: Worker = await says('{"name": "add", "parameters": {"a": 1}}', PLAIN)
     message = (await worker.answer(CHAT, body()))["choices"][0]["message"]

@@ -142,6 +142,22 @@ RECORDED = [
         "",
         PARIS,
     ),
+    (
+        "kimi_k2",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city": "Paris"}<|tool_call_end|><|tool_call_begin|>functions.add:1<|tool_call_argument_begin|>'
+        '{"a": 1, "b": -2.5}<|tool_call_end|><|tool_calls_section_end|>',
+        "",
+        BOTH,
+    ),
+    (
+        "hermes",
+        "\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>\n"
+        "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n"
+        "<arg_value>-2.5</arg_value>\n</tool_call>",
+        "",
+        BOTH,
+    ),
     ("granite", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]', "", PARIS),
     ("phi4", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]<|/tool_call|>', "", PARIS),
     (
@@ -286,10 +302,13 @@ def test_thoughts_come_before_calls() -> None:
     ("template", "family"),
     [
         ("{% if tools %}<tool_call>", "hermes"),
+        ("<tool_call>\n<function={{ name }}>", "qwen3_coder"),
+        ("<tool_call>{{ name }}<arg_key>", "glm"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
         ("[TOOL_CALLS]{{ name }}[ARGS]", "mistral_args"),
         ("<｜tool▁calls▁begin｜>function<｜tool▁sep｜>\n```json", "deepseek_v3"),
         ("<｜tool▁calls▁begin｜>", "deepseek_v31"),
+        ("<|tool_call_begin|>{{ id }}<|tool_call_argument_begin|>", "kimi_k2"),
         ("<|START_ACTION|>", "command_r"),
         ("<|start|>assistant<|channel|>final<|message|>", "harmony"),
         ("<|python_tag|> Environment: ipython", "llama3_json"),
@@ -309,9 +328,10 @@ def test_reasoning_is_told_by_the_template_and_the_prompt() -> None:
 
 
 def test_ids_are_what_the_families_templates_take() -> None:
-    assert len({FAMILIES["hermes"].new_id() for _ in range(100)}) == 100
-    assert FAMILIES["hermes"].new_id().startswith("call_")
+    assert len({FAMILIES["hermes"].new_id("add", 0) for _ in range(100)}) == 100
+    assert FAMILIES["hermes"].new_id("add", 0).startswith("call_")
+    assert FAMILIES["kimi_k2"].new_id("add", 3) == "functions.add:3"
     for _ in range(100):
-        made = FAMILIES["mistral"].new_id()
+        made = FAMILIES["mistral"].new_id("add", 0)
         assert len(made) == 9
         assert made.isalnum()

@@ -57,6 +57,8 @@ class Reading:
     """Whether thoughts are told apart; else they are words."""
     parallel: bool = True
     """Whether an answer may hold several calls."""
+    earlier_calls: int = 0
+    """Calls in the conversation so far."""
     visible: frozenset[int] = frozenset()
     """Special tokens that are read as text."""
 
@@ -118,7 +120,7 @@ class Reader:
                 if self._dropping:
                     return None
                 assert self.reading.family is not None
-                call = Call(self.reading.family.new_id(), name)
+                call = Call(self.reading.family.new_id(name, self.reading.earlier_calls + len(self.calls)), name)
                 self.calls.append(call)
                 return CallOpened(len(self.calls) - 1, call.id, name)
             case CallArguments(text):

@@ -18,6 +18,7 @@ from tgi_gateway.api.tool_choice import Offer
 from tgi_gateway.errors import TemplateError, Unsupported, ValidationError
 from tgi_gateway.prompt import tool_prompt
 from tgi_gateway.prompt.chat_template import ChatTemplate
+from tgi_gateway.prompt.tools import Form
 
 INLINE_MESSAGES = 16
 INLINE_CHARACTERS = 4000
@@ -60,6 +61,8 @@ def template_message(message: Message) -> dict[str, Any]:
     if message.reasoning_content is not None:
         shown["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
+        # Templates tell a turn that is nothing but calls by its null content.
+        shown["content"] = shown["content"] or None
         shown["tool_calls"] = [_template_call(call) for call in message.tool_calls]
         if message.reasoning_content and not shown["content"]:
             shown["thinking"] = message.reasoning_content  # gpt-oss's name for it, beside calls
@@ -103,22 +106,24 @@ def template_arguments(template: ChatTemplate, body: ChatBody) -> dict[str, Any]
             )
     effort: dict[str, Any] = {}
     if body.reasoning_effort is not None:
-        effort = {"reasoning_effort": body.reasoning_effort}
-        if body.reasoning_effort == "none":
-            effort |= {"enable_thinking": False, "thinking": False}
+        thinks = body.reasoning_effort != "none"
+        effort = {"reasoning_effort": body.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
     return {name: value for name, value in (effort | given).items() if name in known}
 
 
 def _told(
-    template: ChatTemplate, messages: list[dict[str, Any]], offer: Offer, instruction: str | None
+    template: ChatTemplate, messages: list[dict[str, Any]], offer: Offer, form: Form, instruction: str | None
 ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
     """The messages, and the tools as the template takes them. Where it takes none, they are told in words."""
     if not offer.tools:
         return messages, None
-    if "tools" not in template.variables(with_tools=True):
-        return tool_prompt.in_words(messages, offer.tools, instruction), None
-    told = tool_prompt.appended(messages, f"\n---\n{instruction}") if instruction else messages
-    return told, [tool.shown() for tool in offer.tools]
+    told: Sequence[Mapping[str, Any]] = messages
+    if "tools" in template.variables(with_tools=True):
+        told = tool_prompt.appended(told, f"\n---\n{instruction}") if instruction else told
+        return told, [tool.shown() for tool in offer.tools]
+    if "tool_calls" not in template.source(with_tools=True):
+        told = [tool_prompt.as_text(message) for message in told]
+    return tool_prompt.in_words(told, offer.tools, instruction or tool_prompt.instruction(form)), None
 
 
 async def prompt_of(services: Services, body: ChatBody, offer: Offer) -> str:
@@ -129,7 +134,7 @@ async def prompt_of(services: Services, body: ChatBody, offer: Offer) -> str:
     if not body.messages:
         raise ValidationError("`messages` cannot be empty")
     messages = [template_message(message) for message in body.messages]
-    told, shown = _told(template, messages, offer, body.tool_prompt)
+    told, shown = _told(template, messages, offer, services.family.form, body.tool_prompt)
     last, wanted = told[-1], body.continue_final_message
     if wanted and body.add_generation_prompt:
         raise ValidationError("`continue_final_message` and `add_generation_prompt` exclude each other")
@@ -161,7 +166,9 @@ async def _render(
     add_generation_prompt: bool,
     arguments: Mapping[str, Any],
 ) -> str:
-    short = len(messages) <= INLINE_MESSAGES and sum(len(each["content"]) for each in messages) <= INLINE_CHARACTERS
+    short = (
+        len(messages) <= INLINE_MESSAGES and sum(len(each["content"] or "") for each in messages) <= INLINE_CHARACTERS
+    )
     if not short or services.slow_template:
         return await asyncio.to_thread(template.render, messages, tools, add_generation_prompt, arguments)
     began = time.perf_counter()

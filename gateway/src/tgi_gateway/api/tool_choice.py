@@ -110,6 +110,7 @@ def reading_of(services: Services, body: ChatBody, offer: Offer, prompt: str) ->
         opened=marks is not None and marks.opened_by(prompt),
         thoughts=separate,
         parallel=offer.parallel,
+        earlier_calls=sum(len(message.tool_calls or ()) for message in body.messages),
         visible=frozenset(token for token, text in services.tokenizer.special_texts.items() if text in shown),
     )
 

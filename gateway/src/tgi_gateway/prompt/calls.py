@@ -127,10 +127,45 @@ def marked(begins: tuple[str, ...], ends: tuple[str, ...] = ()) -> CallsParser:
 
 
 def _marked_call(s: Scanner, tools: Tools) -> Steps:
-    if (yield from s.peek()) == "<":
+    first = yield from s.peek()
+    if first == "<":
         yield from _tagged_call(s, tools)
-    else:
+    elif first in ("{", "["):
         yield from _call_objects(s, None)
+    else:
+        yield from _keyed_call(s, tools)
+
+
+def _keyed_call(s: Scanner, tools: Tools) -> Steps:
+    """GLM: the name, then ``<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>`` for each argument.
+
+    Only the name of a tool on offer makes a call of it.
+    """
+    name = yield from _identifier(s)
+    if name not in tools:
+        raise Malformed
+    s.begin(name)
+    yield from _keyed_arguments(s, tools, name, ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>"))
+
+
+def _keyed_arguments(s: Scanner, tools: Tools, name: str, key: tuple[str, str], value: tuple[str, str]) -> Steps:
+    """Arguments between tags, each as JSON of the type that the tool's schema says."""
+    properties = tools.get(name, {}).get("properties")
+    separator = "{"
+    while True:
+        yield from s.peek()
+        if not (yield from s.starts_with(key[0])):
+            break
+        argument = yield from _line_until(s, key[1])
+        if value[0]:
+            yield from s.literal(value[0])
+        parts: list[str] = []
+        if not (yield from s.until((value[1],), parts.append)):
+            raise Malformed
+        schema = properties.get(argument) if isinstance(properties, dict) else None
+        s.arguments(f"{separator}{json.dumps(argument, ensure_ascii=False)}: {_typed(''.join(parts), schema)}")
+        separator = ", "
+    s.arguments("{}" if separator == "{" else "}")
 
 
 def _tagged_call(s: Scanner, tools: Tools) -> Steps:
@@ -138,20 +173,7 @@ def _tagged_call(s: Scanner, tools: Tools) -> Steps:
     yield from s.literal("<function=")
     name = yield from _line_until(s, ">")
     s.begin(name)
-    properties = tools.get(name, {}).get("properties")
-    separator = "{"
-    while True:
-        yield from s.peek()
-        if not (yield from s.starts_with("<parameter=")):
-            break
-        key = yield from _line_until(s, ">")
-        parts: list[str] = []
-        if not (yield from s.until(("</parameter>",), parts.append)):
-            raise Malformed
-        schema = properties.get(key) if isinstance(properties, dict) else None
-        s.arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: {_typed(''.join(parts), schema)}")
-        separator = ", "
-    s.arguments("{}" if separator == "{" else "}")
+    yield from _keyed_arguments(s, tools, name, ("<parameter=", ">"), ("", "</parameter>"))
     yield from s.literal("</function>")
 
 
@@ -326,40 +348,53 @@ def _name_before(s: Scanner, marks: tuple[str, ...]) -> Generator[None, None, st
 
 
 DEEPSEEK_MARKS = tuple(f"<｜tool▁{word}｜>" for word in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
+KIMI_MARKS = tuple(
+    f"<|tool_{word}|>"
+    for word in ("calls_section_begin", "call_begin", "call_argument_begin", "call_end", "calls_section_end")
+)
+_KIMI_NAME = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?")
 
 
-def deepseek(s: Scanner, _: Tools) -> Steps:
-    """V3 and R1: a kind, the name, and the arguments in a fence. V3.1: the name and the arguments."""
-    calls_begin, call_begin, sep, call_end, calls_end = DEEPSEEK_MARKS
-    while mark := (yield from s.until((calls_begin, call_begin), s.text)):
-        if mark == calls_begin:
-            yield from s.peek()
-            inner = yield from s.starts_with(call_begin)
-            if not inner:
-                s.text(mark)
-                continue
-            mark += inner
-        while mark:
-            called = yield from _attempt(s, mark, _deepseek_call(s, sep))
-            if not called:
-                break
-            mark = yield from s.until((call_end, calls_end, call_begin), _nowhere)
-            if mark == call_end:
+def sections(marks: tuple[str, ...]) -> CallsParser:
+    """DeepSeek and Kimi: a section of calls, each a name, a mark, and the arguments.
+
+    DeepSeek-V3 and R1 write a kind before that mark, and after it the name and the arguments in a fence.
+    """
+    section_begin, call_begin, middle, call_end, section_end = marks
+
+    def parse(s: Scanner, _: Tools) -> Steps:
+        while mark := (yield from s.until((section_begin, call_begin), s.text)):
+            if mark == section_begin:
                 yield from s.peek()
-                mark = yield from s.starts_with(call_begin, calls_end)
-            if mark == calls_end:
-                break
+                inner = yield from s.starts_with(call_begin)
+                if not inner:
+                    s.text(mark)
+                    continue
+                mark += inner
+            while mark:
+                if not (yield from _attempt(s, mark, _section_call(s, middle))):
+                    break
+                mark = yield from s.until((call_end, section_end, call_begin), _nowhere)
+                if mark == call_end:
+                    yield from s.peek()
+                    mark = yield from s.starts_with(call_begin, section_end)
+                if mark == section_end:
+                    break
+
+    return parse
 
 
-def _deepseek_call(s: Scanner, sep: str) -> Steps:
-    name = yield from _line_until(s, sep)
+def _section_call(s: Scanner, middle: str) -> Steps:
+    name = yield from _line_until(s, middle)
     if (yield from s.peek()) != "{":
         name = yield from _line_until(s, "\n")
         yield from s.literal("```")
         yield from s.starts_with("json")
         if (yield from s.peek()) != "{":
             raise Malformed
-    s.begin(name)
+    found = _KIMI_NAME.fullmatch(name)
+    assert found is not None, "_line_until gives no empty name"
+    s.begin(found[1])
     yield from s.value(s.arguments)
 
 

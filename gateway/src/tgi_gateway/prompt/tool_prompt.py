@@ -6,21 +6,22 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tgi_gateway.prompt.tools import Tool
-
-INSTRUCTION = (
-    'To call a function, answer with nothing but {"name": function name, "parameters": dictionary of argument name and '
-    "its value}. Do not use variables. If no function helps, answer in words."
-)
+from tgi_gateway.prompt.tools import Form, Tool
 
 
-def in_words(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], instruction: str | None
-) -> list[Mapping[str, Any]]:
-    """The same conversation with the tools told in its last message of the user, calls and results as texts."""
+def instruction(form: Form) -> str:
+    """How to call, in a family's own form."""
+    call = form.call.replace("NAME", "the function's name").replace("ARGUMENTS", "{argument name: value}")
+    return (
+        f"To call a function, answer with nothing but\n{form.before}{call}{form.after}\n"
+        "Do not use variables. If no function helps, answer in words."
+    )
+
+
+def in_words(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], how: str) -> list[Mapping[str, Any]]:
+    """The same conversation with the tools told in its last message of the user."""
     described = json.dumps([tool.shown() for tool in tools], ensure_ascii=False)
-    told = [_as_text(message) for message in messages]
-    return appended(told, f"\n---\n{described}\n{instruction or INSTRUCTION}")
+    return appended(messages, f"\n---\n{described}\n{how}")
 
 
 def appended(messages: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
@@ -32,7 +33,8 @@ def appended(messages: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[s
     return told
 
 
-def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message without calls and results, for templates that know neither."""
     if message["role"] == "tool":
         return {"role": "user", "content": f"Result of the call: {message['content']}"}
     if "tool_calls" not in message:
@@ -41,4 +43,4 @@ def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
         json.dumps({"name": call["function"]["name"], "parameters": call["function"]["arguments"]}, ensure_ascii=False)
         for call in message["tool_calls"]
     )
-    return {"role": message["role"], "content": f"{message['content']}\n{calls}".strip()}
+    return {"role": message["role"], "content": f"{message['content'] or ''}\n{calls}".strip()}

@@ -47,13 +47,18 @@ class Form:
     """An answer has one call only."""
 
 
-def _call_id() -> str:
+def _call_id(_name: str, _place: int) -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _short_id() -> str:
+def _short_id(_name: str, _place: int) -> str:
     """Mistral's templates refuse every other length."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+def _telling_id(name: str, place: int) -> str:
+    """Kimi's templates show the id where the model has to see the name."""
+    return f"functions.{name}:{place}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +69,16 @@ class Family:
     form: Form
     marks: tuple[str, ...] = ()
     """What `parse` looks for; where it is a special token, the token has to be shown as text."""
-    new_id: Callable[[], str] = _call_id
+    new_id: Callable[[str, int], str] = _call_id
+    """The id of a call: of this name, after so many in the conversation."""
     thinks: Marks | None = None
     """How thoughts are written, where `parse` finds them itself."""
 
 
 _BARE = Form('{"name": "NAME", "parameters": ARGUMENTS}', between="; ")
 _HERMES_MARKS = ("<tool_call>", "</tool_call>")
+_TAGGED = calls.marked(("<tool_call>",), ("</tool_call>",))
+_TAGGED_JSON = Form('<tool_call>\n{"name": "NAME", "arguments": ARGUMENTS}\n</tool_call>', between="\n")
 _MISTRAL_MARKS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 _PYTHON_MARKS = ("<|python_start|>", "<|python_end|>")
 _HARMONY_MARKS = (
@@ -108,7 +116,7 @@ FAMILIES: Mapping[str, Family] = {
         calls.mistral, Form("[TOOL_CALLS]NAME[ARGS]ARGUMENTS", trigger="[TOOL_CALLS]"), _MISTRAL_MARKS, _short_id
     ),
     "deepseek_v3": Family(
-        calls.deepseek,
+        calls.sections(calls.DEEPSEEK_MARKS),
         Form(
             "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```<｜tool▁call▁end｜>",
             "<｜tool▁calls▁begin｜>",
@@ -119,7 +127,7 @@ FAMILIES: Mapping[str, Family] = {
         calls.DEEPSEEK_MARKS,
     ),
     "deepseek_v31": Family(
-        calls.deepseek,
+        calls.sections(calls.DEEPSEEK_MARKS),
         Form(
             "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>",
             "<｜tool▁calls▁begin｜>",
@@ -128,6 +136,18 @@ FAMILIES: Mapping[str, Family] = {
             "<｜tool▁calls▁begin｜>",
         ),
         calls.DEEPSEEK_MARKS,
+    ),
+    "kimi_k2": Family(
+        calls.sections(calls.KIMI_MARKS),
+        Form(
+            "<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>ARGUMENTS<|tool_call_end|>",
+            "<|tool_calls_section_begin|>",
+            "",
+            "<|tool_calls_section_end|>",
+            "<|tool_calls_section_begin|>",
+        ),
+        calls.KIMI_MARKS,
+        _telling_id,
     ),
     "command_r": Family(
         calls.command_r,
@@ -154,13 +174,10 @@ FAMILIES: Mapping[str, Family] = {
         Form('{"name": "NAME", "arguments": ARGUMENTS}', "<|tool_call|>[", ", ", "]<|/tool_call|>", "<|tool_call|>"),
         ("<|tool_call|>", "<|/tool_call|>"),
     ),
-    "hermes": Family(
-        calls.marked(("<tool_call>",), ("</tool_call>",)),
-        Form(
-            '<tool_call>\n{"name": "NAME", "arguments": ARGUMENTS}\n</tool_call>', between="\n", trigger="<tool_call>"
-        ),
-        _HERMES_MARKS,
-    ),
+    "hermes": Family(_TAGGED, replace(_TAGGED_JSON, trigger="<tool_call>"), _HERMES_MARKS),
+    # These write tags instead of JSON between the marks, so what follows the mark is left to them.
+    "qwen3_coder": Family(_TAGGED, _TAGGED_JSON, _HERMES_MARKS),
+    "glm": Family(_TAGGED, _TAGGED_JSON, _HERMES_MARKS),
     "pythonic": Family(calls.pythonic, _BARE, _PYTHON_MARKS),
     "llama3_json": Family(calls.leading(("<|python_tag|>",)), _BARE, ("<|python_tag|>",)),
     "json": Family(calls.leading(), _BARE),
@@ -173,10 +190,13 @@ _SIGNS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("mistral", ("[TOOL_CALLS]",)),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
+    ("kimi_k2", ("<|tool_call_argument_begin|>",)),
     ("command_r", ("<|START_ACTION|>",)),
     ("command_r_plus", ("Action:", "```json", "tool_name")),
     ("phi4", ("<|/tool_call|>",)),
     ("granite", ("<|tool_call|>",)),
+    ("qwen3_coder", ("<tool_call>", "<function=")),
+    ("glm", ("<tool_call>", "<arg_key>")),
     ("hermes", ("<tool_call>",)),
     ("pythonic", ("<|python_start|>",)),
     ("pythonic", ("func_name1(params_name1=",)),
