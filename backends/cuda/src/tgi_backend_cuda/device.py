@@ -102,8 +102,7 @@ class CudaDevice:
         if bucket is None:
             made = triton_plan(plan, shape, layout, device=self.torch_device, cores=self._cores, tuning=self.tuning)
             prompts = None if plan.is_decode else self._prompt_attention(shape, layout)
-            planned = None if prompts is None else prompts.plan(plan)
-            return made if planned is None else CudaAttentionPlan(**_fields(made), prompts=planned)
+            return made if prompts is None else CudaAttentionPlan(**_fields(made), prompts=prompts.plan(plan))
         fixed = self._fixed.get(bucket)
         if fixed is None:
             assert self._limits is not None, "buckets() comes first"

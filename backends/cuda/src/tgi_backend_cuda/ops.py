@@ -23,7 +23,7 @@ class CudaAttentionPlan(TritonAttentionPlan):
     prompts: PlannedPrompts | None = None
 
 
-NATIVE_TOKENS = (1,)
+NATIVE_TOKENS = (1, 2, 4, 8)
 """Sizes of steps for which the native kernels are compiled: the smallest graphs."""
 
 

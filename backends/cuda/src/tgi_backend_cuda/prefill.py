@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 _WORKSPACE_BYTES = 256 << 20
 _HEAD_DIMS = (64, 128, 256)
-_FEWEST_TOKENS = 64
-"""New tokens of rows that have several; for fewer, planning costs more than it saves."""
 _COMPILE = "import sys; from tgi_backend_cuda.prefill import compile_module; compile_module(*sys.argv[1:])"
 
 
@@ -43,11 +41,9 @@ class PromptAttention:
         ]
         self._next = 0
 
-    def plan(self, plan: StepPlan) -> PlannedPrompts | None:
-        """None where too few tokens would gain from it."""
+    def plan(self, plan: StepPlan) -> PlannedPrompts:
+        """Of a step in which some row has several new tokens."""
         rows = [row for row, query_len in enumerate(plan.query_lens) if query_len > 1]
-        if sum(plan.query_lens[row] for row in rows) < _FEWEST_TOKENS:
-            return None
         # Queries lie in one piece; a row of one token between the others comes along.
         part = slice(rows[0], rows[-1] + 1)
         size = self._layout.page_size

@@ -17,8 +17,11 @@ import triton.language as tl
 
 from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
 
+_FEWEST_SPLITS = 8
+"""That a reduction has room for."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["splits", "together"])
 def decode_kernel(
     q,
     k_pool,
@@ -36,12 +39,14 @@ def decode_kernel(
     pool_slot,
     pool_head,
     table_row,
+    splits,
+    together,
     scale,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MANY: tl.constexpr,
     SHARED: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -49,13 +54,15 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Grid [rows, kv_heads, SPLITS - SHARED], whatever the lengths: programs without keys return at once.
+    """Grid [rows, kv_heads, splits - together], whatever the lengths: programs without keys return at once.
 
     q [T, heads, HEAD_DIM], a view; pools of strides (pool_page, pool_slot, pool_head, 1); page_table int32
     [rows, table_row]; kv_lens int32 [rows], 0 for rows that are not decoded; query_starts int32 [rows]: the row's
-    token. `scale` is in units of log2. A split has at least LEAST tiles of BLOCK_N keys. WINDOW 0 means none. With one
-    split `out` [T, heads, HEAD_DIM] gets the result; with more part_out float32 [rows, heads, SPLITS, HEAD_DIM] gets
-    each split's and part_lse float32 [rows, heads, SPLITS] the log2 of its sum, -inf where it had no keys.
+    token. `scale` is in units of log2. A split has at least LEAST tiles of BLOCK_N keys. WINDOW 0 means none. If not
+    MANY, there is one split and `out` [T, heads, HEAD_DIM] gets the result. With MANY part_out float32
+    [rows, heads, splits, HEAD_DIM] gets each split's and part_lse float32 [rows, heads, splits] the log2 of its sum,
+    -inf where it had no keys. With SHARED the first `together` splits are `shared_kernel`'s, which reads the first
+    `shared_lens` (int32 [rows]) keys; without it there are none.
     """
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -71,14 +78,14 @@ def decode_kernel(
         lowest = tl.maximum(kv_len - WINDOW, 0) // BLOCK_N * BLOCK_N
     if SHARED:
         lowest = tl.load(shared_lens + row)
-    own: tl.constexpr = SPLITS - SHARED
+    own = splits - together
     tiles = (kv_len - lowest + BLOCK_N - 1) // BLOCK_N
     share = tl.maximum((tiles + own - 1) // own, LEAST) * BLOCK_N
     begin = lowest + split * share
     end = tl.minimum(begin + share, kv_len)
-    part = (row.to(tl.int64) * heads + head) * SPLITS + SHARED + split
+    part = (row.to(tl.int64) * heads + head) * splits + together + split
     if begin >= kv_len:
-        if SPLITS > 1:
+        if MANY:
             tl.store(part_lse + part, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=real)
         return
 
@@ -117,7 +124,7 @@ def decode_kernel(
         largest = new_largest
 
     mixed = sums / total[:, None]
-    if SPLITS > 1:
+    if MANY:
         tl.store(part_lse + part, largest + tl.log2(total), mask=real)
         into = part_out + part[:, None] * HEAD_DIM + column[None, :]
         tl.store(into, mixed, mask=real[:, None] & inside[None, :])
@@ -126,7 +133,7 @@ def decode_kernel(
         tl.store(into, mixed.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "together"])
 def shared_kernel(
     q,
     k_pool,
@@ -143,21 +150,21 @@ def shared_kernel(
     pool_head,
     table_row,
     heads,
+    splits,
+    together,
     scale,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Grid [tiles, kv_heads, SHARED]. shared_tiles int32 [tiles, 3]: a first row, how many rows from there on, at most
-    BLOCK_M // GROUP, and how many keys they share; no rows means no work.
+    """Grid [tiles, kv_heads, together]. shared_tiles int32 [tiles, 3]: a first row, how many rows from there on, at
+    most BLOCK_M // GROUP, and how many keys they share; no rows means no work.
 
-    The keys are found through the first row's pages. Writes the first SHARED splits as `decode_kernel` has them.
+    The keys are found through the first row's pages. Writes the first `together` splits as `decode_kernel` has them.
     """
     tile = shared_tiles + 3 * tl.program_id(0)
     count = tl.load(tile + 1)
@@ -171,9 +178,9 @@ def shared_kernel(
     real = member // GROUP < count
     row = (first + member // GROUP).to(tl.int64)
     head = kv_head * GROUP + member % GROUP
-    part = (row * heads + head) * SPLITS + split
+    part = (row * heads + head) * splits + split
     tiles = (length + BLOCK_N - 1) // BLOCK_N
-    share = (tiles + SHARED - 1) // SHARED * BLOCK_N
+    share = (tiles + together - 1) // together * BLOCK_N
     begin = split * share
     end = tl.minimum(begin + share, length)
     if begin >= length:
@@ -215,7 +222,7 @@ def shared_kernel(
     tl.store(into, sums / total[:, None], mask=real[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "together"])
 def reduce_splits_kernel(
     part_out,
     part_lse,
@@ -223,8 +230,9 @@ def reduce_splits_kernel(
     kv_lens,
     query_starts,
     shared_lens,
+    splits,
+    together,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -237,11 +245,11 @@ def reduce_splits_kernel(
         return
     split = tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_D)
-    part = (row.to(tl.int64) * heads + head) * SPLITS
-    written = split < SPLITS
+    part = (row.to(tl.int64) * heads + head) * splits
+    written = split < splits
     if SHARED:
         # Rows that share nothing have only splits of their own.
-        written = written & ((split >= SHARED) | (tl.load(shared_lens + row) > 0))
+        written = written & ((split >= together) | (tl.load(shared_lens + row) > 0))
     lse = tl.load(part_lse + part + split, mask=written, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, axis=0))
     # Splits without keys have written no result.
@@ -328,12 +336,12 @@ def decode(
             query_starts,
             *strides,
             heads,
+            every,
+            together,
             scale * LOG2E,
             GROUP=group,
             HEAD_DIM=head_dim,
             PAGE=k_pool.shape[1],
-            SPLITS=every,
-            SHARED=together,
             BLOCK_M=_shared_tile(group, head_dim, q.dtype, tuning),
             BLOCK_N=keys,
             BLOCK_D=max(SMALLEST_DOT, block_d),
@@ -353,13 +361,15 @@ def decode(
         query_starts,
         None if shared is None else shared.lens,
         *strides,
+        every,
+        together,
         scale * LOG2E,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE=k_pool.shape[1],
         WINDOW=window or 0,
-        SPLITS=every,
-        SHARED=together,
+        MANY=every > 1,
+        SHARED=shared is not None,
         LEAST=max(1, tuning.split_keys // keys),
         BLOCK_M=max(SMALLEST_DOT, power_of_two(group)),
         BLOCK_N=keys,
@@ -369,6 +379,8 @@ def decode(
         num_stages=tuning.decode_stages,
     )
     if every > 1:
+        # Few different sizes: each is compiled.
+        block_s = max(_FEWEST_SPLITS, power_of_two(every)) if every <= tuning.max_splits else 2 * tuning.max_splits
         reduce_splits_kernel[(rows, heads)](
             part_out,
             part_lse,
@@ -376,10 +388,11 @@ def decode(
             kv_lens,
             query_starts,
             None if shared is None else shared.lens,
+            every,
+            together,
             HEAD_DIM=head_dim,
-            SPLITS=every,
-            SHARED=together,
-            BLOCK_S=power_of_two(every),
+            SHARED=shared is not None,
+            BLOCK_S=block_s,
             BLOCK_D=block_d,
-            num_warps=1 if block_d * every <= 1024 else 4,
+            num_warps=1 if block_d * block_s <= 1024 else 4,
         )
