@@ -70,7 +70,7 @@ async def test_no_more_enter_than_there_are_sequences_although_capacity_lags(hos
     for request_id in range(1, 8):
         host.dispatch.submit(request(request_id))  # the engine's capacity says "4 free" all the time
     assert list(host.engine.submitted) == [1, 2, 3, 4]
-    assert host.dispatch.stats() == HostStats(queue_size=3, running=4, batch_tokens=40)
+    assert host.dispatch.stats() == HostStats(3, 4, batch_tokens=40, batch_max_tokens=80, queue_tokens=30)
 
 
 async def test_prompts_not_yet_visible_in_capacity_count_against_the_free_tokens(host: Host) -> None:
@@ -432,8 +432,9 @@ async def test_the_observer_sees_queue_admissions_and_steps() -> None:
         def queued(self, stats: HostStats) -> None:
             self.queue_sizes.append(stats.queue_size)
 
-        def admitted(self, requests: int, stats: HostStats) -> None:
+        def admitted(self, requests: int, stats: HostStats, took_s: float) -> None:
             self.admissions.append(requests)
+            assert took_s >= 0
             assert stats.running >= requests
 
         def stepped(self, report: StepReport) -> None:
@@ -450,8 +451,8 @@ async def test_the_observer_sees_queue_admissions_and_steps() -> None:
     assert notes.queue_sizes == [1, 1, 1, 1, 1, 2]
     assert notes.admissions == [1, 1, 1, 1, 2]
     assert [(step.prefills, step.decodes) for step in notes.steps] == [(2, 0), (1, 1)]
-    assert notes.steps[0].stats == HostStats(queue_size=2, running=4, batch_tokens=42)
-    assert notes.steps[1].stats == HostStats(queue_size=2, running=2, batch_tokens=21)
+    assert notes.steps[0].stats == HostStats(2, 4, batch_tokens=42, batch_max_tokens=80, queue_tokens=20)
+    assert notes.steps[1].stats == HostStats(2, 2, batch_tokens=21, batch_max_tokens=40, queue_tokens=20)
     assert all(step.duration_s >= 0 for step in notes.steps)
     await dispatch.stop(0.0)
 

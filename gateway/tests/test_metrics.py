@@ -197,19 +197,26 @@ def test_the_host_tells_queue_batch_and_steps() -> None:
     host: HostObserver = host_metrics(metrics)
     host.queued(HostStats(5, 0, 0))
     assert parsed(metrics.render())["tgi_queue_size", ()] == 5
-    host.admitted(3, HostStats(2, 3, 300))
+    host.admitted(3, HostStats(2, 3, 300), 0.001)
+    host.admitted(1, HostStats(2, 4, 310), 0.002)
     host.stepped(StepReport(0.5, prefills=3, decodes=0, stats=HostStats(2, 3, 303)))
     host.stepped(StepReport(0.25, prefills=0, decodes=3, stats=HostStats(2, 3, 306)))
-    host.stepped(StepReport(0.25, prefills=0, decodes=2, stats=HostStats(2, 2, 208), failures=1))
+    host.stepped(StepReport(0.25, prefills=0, decodes=2, stats=HostStats(2, 2, 208, 900, 77), failures=1))
     told = parsed(metrics.render())
     prefill, decode = (("method", "prefill"),), (("method", "decode"),)
     for key, value in {
         ("tgi_queue_size", ()): 2,
         ("tgi_batch_current_size", ()): 2,
-        ("tgi_batch_current_max_tokens", ()): 208,
+        ("tgi_batch_total_tokens", ()): 208,
+        ("tgi_batch_current_max_tokens", ()): 900,
+        ("tgi_queue_prompt_tokens", ()): 77,
+        ("tgi_batch_concat", (("reason", "chunking"),)): 1,
+        ("tgi_batch_concat_duration_sum", decode): 0.002,
+        ("tgi_batch_decode_duration_count", decode): 1,
+        ("tgi_batch_filter_duration_count", prefill): 1,
         ("tgi_batch_max_total_tokens", ()): 4000,
-        ("tgi_batch_next_size_sum", ()): 3,
-        ("tgi_batch_next_size_count", ()): 1,
+        ("tgi_batch_next_size_sum", ()): 4,
+        ("tgi_batch_next_size_count", ()): 2,
         ("tgi_batch_inference_count", prefill): 1,
         ("tgi_batch_inference_count", decode): 2,
         ("tgi_batch_inference_success", decode): 1,

@@ -65,6 +65,10 @@ class Capacity:
     """Counting cached but unreferenced pages as free."""
     preemptions: int = 0
     """How often since its start the engine took a running sequence's pages away, to compute them again later."""
+    drafted_tokens: int = 0
+    """Tokens that speculation has guessed since the start."""
+    accepted_tokens: int = 0
+    """Those of them that the model would have chosen too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,13 +292,13 @@ class Call:
     def failed(self, error: Exception) -> None:
         """Account for a request that ended without its answer."""
         if isinstance(error, ClientGone):
-            self.services.metrics.failure("dropped")
+            self.services.metrics.failure("dropped", caller.current().tenant)
             log.info("Client hung up", extra=self._span())
             return
         known = error if isinstance(error, GatewayError) else INTERNAL  # whoever answers logs the traceback
         label = failure_label(known)
         if label is not None:
-            self.services.metrics.failure(label)
+            self.services.metrics.failure(label, caller.current().tenant)
         log.log(level_of(known), "%s", known, extra=self._span(error_type=known.error_type))
 
     def _span(self, **values: object) -> dict[str, Any]:

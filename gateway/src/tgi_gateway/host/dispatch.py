@@ -46,6 +46,10 @@ class HostStats:
     """Requests in the engine."""
     batch_tokens: int
     """Prompt and output tokens of the requests in the engine."""
+    batch_max_tokens: int = 0
+    """What those will have at most when they end."""
+    queue_tokens: int = 0
+    """Prompt tokens of the requests that wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,10 @@ class StepReport:
     """Requests that failed."""
     tokens_per_request: tuple[int, ...] = ()
     """Where speculation gave a request several tokens: what each got. Empty: one each."""
+    handling_s: float = 0.0
+    """What the host took to see whose the tokens are and who has ended."""
+    telling_s: float = 0.0
+    """What it took to hand them on."""
 
 
 class HostObserver(Protocol):
@@ -73,8 +81,8 @@ class HostObserver(Protocol):
         """A request came to wait, or left the queue by being cancelled."""
         ...
 
-    def admitted(self, requests: int, stats: HostStats) -> None:
-        """So many requests went from the queue into the engine together."""
+    def admitted(self, requests: int, stats: HostStats, took_s: float) -> None:
+        """So many requests went from the queue into the engine together, and it took so long to hand them over."""
         ...
 
     def stepped(self, report: StepReport) -> None:
@@ -135,7 +143,7 @@ class Dispatch:
         """Tenant -> its waiting and running requests, at least one."""
         self._pace = Pace()
         self._unseen_kv_tokens = 0  # needed by running requests without a token so far
-        self._batch_tokens = 0
+        self._batch_tokens = self._batch_max_tokens = 0
         self._admitting = False
         self._admit_again = False
         self._stopping = False
@@ -253,7 +261,7 @@ class Dispatch:
                 for ticket in self._running.values():
                     self._close(ticket)
                 self._running.clear()
-                self._unseen_kv_tokens = self._batch_tokens = 0
+                self._unseen_kv_tokens = self._batch_tokens = self._batch_max_tokens = 0
             self._fail(left, IncompleteGeneration("The server stops"))
             await asyncio.sleep(0)  # what is to be told soon has been told when this returns
 
@@ -325,11 +333,12 @@ class Dispatch:
             self._admit_again = False
             tickets = self._take(capacity)
             stats = self._stats()
+        began = time.perf_counter()
         for ticket in tickets:
             self._enter(ticket)
         if tickets and self._observer is not None:
             with self._observer_lock:
-                self._observer.admitted(len(tickets), stats)
+                self._observer.admitted(len(tickets), stats, time.perf_counter() - began)
 
     def _take(self, capacity: Capacity) -> list[Ticket]:
         """Move from the queue to the running requests who fits; with the lock held."""
@@ -354,6 +363,7 @@ class Dispatch:
             self._running[ticket.request.request_id] = ticket
             self._unseen_kv_tokens += needed_kv_tokens(ticket.request)
             self._batch_tokens += len(ticket.request.input_ids)
+            self._batch_max_tokens += _final_tokens(ticket.request)
             tickets.append(ticket)
         return tickets
 
@@ -390,6 +400,7 @@ class Dispatch:
             if ticket.generated_tokens == 0:
                 self._unseen_kv_tokens -= needed_kv_tokens(ticket.request)
             self._batch_tokens -= len(ticket.request.input_ids) + ticket.generated_tokens
+            self._batch_max_tokens -= _final_tokens(ticket.request)
             self._close(ticket)
             self._note_if_empty()
         return ticket
@@ -434,14 +445,25 @@ class Dispatch:
             stats = self._stats()
             waiting = stats.queue_size > 0
         if events:
+            handled = time.perf_counter()
             self._tell(events)
+            told = time.perf_counter()
             if self._observer is not None:
                 rows = len(events.request_ids)
                 decodes = rows - prefills
                 several = tuple(Counter(events.request_ids).values()) if len(set(events.request_ids)) < rows else ()
                 with self._observer_lock:
                     self._observer.stepped(
-                        StepReport(duration_s, prefills, decodes, stats, len(events.failed), several)
+                        StepReport(
+                            duration_s,
+                            prefills,
+                            decodes,
+                            stats,
+                            len(events.failed),
+                            several,
+                            handling_s=handled - now,
+                            telling_s=told - handled,
+                        )
                     )
         if waiting:
             self._admit()
@@ -477,7 +499,9 @@ class Dispatch:
     # Small things.
 
     def _stats(self) -> HostStats:
-        return HostStats(len(self._queue), len(self._running), self._batch_tokens)
+        return HostStats(
+            len(self._queue), len(self._running), self._batch_tokens, self._batch_max_tokens, self._queue.prompt_tokens
+        )
 
     def _observe_queue(self, stats: HostStats) -> None:
         if self._observer is not None:
@@ -538,6 +562,10 @@ class Dispatch:
         answer = self._probes.get(ending.request_id)
         if answer is not None:
             self._loop.call_soon_threadsafe(_answer, answer, ending)
+
+
+def _final_tokens(request: Request) -> int:
+    return len(request.input_ids) + request.stop.max_new_tokens
 
 
 def _answer(future: asyncio.Future[Finished | Failed], ending: Finished | Failed) -> None:

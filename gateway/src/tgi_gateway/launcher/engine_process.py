@@ -42,7 +42,12 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
     )
     server = await serve(dispatch, Path(assignment.socket_path))
     dispatch.observe(
-        HostMetrics(Metrics(), max_batch_total_tokens=server.info.max_batch_total_tokens, capacity=dispatch.capacity)
+        HostMetrics(
+            Metrics(),
+            max_batch_total_tokens=server.info.max_batch_total_tokens,
+            capacity=dispatch.capacity,
+            restarted=assignment.restarts > 0,
+        )
     )
     logger.info("Engine ready", extra=logs.fields(**asdict(server.info)))
     told_to_stop = child.stop_signal()

@@ -18,6 +18,7 @@ from tgi_gateway.api.app import create_app
 from tgi_gateway.api.generation import Generations
 from tgi_gateway.api.serving import Services
 from tgi_gateway.api.sse import SLOWNESS, Slowness
+from tgi_gateway.backend import ModelInfo
 from tgi_gateway.errors import Unhealthy
 from tgi_gateway.launcher import child
 from tgi_gateway.prompt.chat_template import ChatTemplate
@@ -82,7 +83,12 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     chat_template = ChatTemplate.from_folder(folder, settings.tokenizer_config_path)
     # However long the model takes: the launcher ends this process if the engine fails.
     await _until(Path(assignment.socket_path).is_socket)
-    backend = RemoteBackend(Path(assignment.socket_path), worker=assignment.worker, connect_timeout_s=None)
+    backend = RemoteBackend(
+        Path(assignment.socket_path),
+        worker=assignment.worker,
+        connect_timeout_s=None,
+        on_lost=lambda _: services.metrics.engine(up=False),
+    )
     generations = Generations(backend, worker=assignment.worker, restarts=assignment.restarts)
     generations.bind(asyncio.get_running_loop())
     info = await backend.start(generations.emit)
@@ -94,11 +100,19 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
         tokenizer=tokenizer,
         chat_template=chat_template,
         metrics=RequestMetrics(
-            Metrics(), max_input_tokens=info.max_input_tokens, max_total_tokens=info.max_total_tokens
+            Metrics(),
+            max_input_tokens=info.max_input_tokens,
+            max_total_tokens=info.max_total_tokens,
+            restarted=assignment.restarts > 0,
         ),
         reachable=lambda: backend.attached,
     )
-    backend.when_attached(services.serve)
+
+    def attached(info: ModelInfo) -> None:
+        services.serve(info)
+        services.metrics.engine(up=True)
+
+    backend.when_attached(attached)
     config = uvicorn.Config(
         create_app(services),
         loop="none",

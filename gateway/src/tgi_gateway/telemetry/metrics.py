@@ -33,6 +33,9 @@ DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FLUSH_S = 0.5
 _SAMPLE_CAPACITY_S = 0.5
+FAILURES = ("overloaded", "validation", "template", "incomplete", "dropped", "generation")
+MAX_KEYS = 256
+"""API keys with counters of their own."""
 
 DURATIONS: tuple[float, ...] = tuple(0.0001 * 1.5**k for k in range(1, 36))
 """Upper bounds in seconds, 0.15 ms to 146 s."""
@@ -140,17 +143,33 @@ def _escaped(value: str) -> str:
 class RequestMetrics:
     """What an HTTP worker counts. From any thread; reaches other processes within `FLUSH_S` in a running event loop."""
 
-    def __init__(self, metrics: Metrics, *, max_input_tokens: int, max_total_tokens: int) -> None:
+    def __init__(
+        self, metrics: Metrics, *, max_input_tokens: int, max_total_tokens: int, restarted: bool = False
+    ) -> None:
+        """`restarted`: another process was this worker before."""
         self._metrics = metrics
         self._lock = threading.Lock()
         self._flush_due = False
         self._count = metrics.counter("tgi_request_count", "Requests to a generating route")
         self._success = metrics.counter("tgi_request_success", "Finished generations")
         self._failure = metrics.counter("tgi_request_failure", "Requests that ended without their answer", ["err"])
+        for err in FAILURES:
+            self._failure.labels(err)  # told as 0 before the first, so that a rate sees it
+        restarts = metrics.counter("tgi_http_worker_restarts", "Times that an HTTP worker was started again")
+        if restarted:
+            restarts.inc()
         self._prompt_tokens = metrics.counter("tgi_prompt_tokens", "Prompt tokens of finished generations")
         self._cached_tokens = metrics.counter(
             "tgi_prefix_cache_hit_tokens", "Prompt tokens of finished generations that came from the prefix cache"
         )
+        self._engine_up = metrics.gauge("tgi_engine_up", "1 while this server has an engine, 0 while it has none")
+        self._engine_up.set(1)
+        by_key = ["key"]
+        self._key_requests = metrics.counter("tgi_key_requests", "Finished generations by API key", by_key)
+        self._key_prompt = metrics.counter("tgi_key_prompt_tokens", "Their prompt tokens", by_key)
+        self._key_generated = metrics.counter("tgi_key_generated_tokens", "Their generated tokens", by_key)
+        self._key_failures = metrics.counter("tgi_key_failures", "Requests without their answer by API key", by_key)
+        self._keys: set[str] = set()
         self._tallies: list[Tally] = []
         self._duration = self._tally("duration", "From arrival to the last token, in seconds", DURATIONS)
         self._validation = self._tally("validation_duration", "From arrival to the queue, in seconds", DURATIONS)
@@ -180,9 +199,21 @@ class RequestMetrics:
     def count(self) -> None:
         self._count.inc()
 
-    def failure(self, err: str) -> None:
-        """`err`: overloaded, validation, template, incomplete, dropped or generation."""
+    def failure(self, err: str, tenant: str = "") -> None:
+        """`err`: one of `FAILURES`."""
         self._failure.labels(err).inc()
+        if tenant:
+            self._key_failures.labels(self._key(tenant)).inc()
+
+    def engine(self, *, up: bool) -> None:
+        self._engine_up.set(up)
+
+    def _key(self, tenant: str) -> str:
+        """The label of an API key; from `MAX_KEYS` on they share one, so that a scrape stays small."""
+        if tenant not in self._keys and len(self._keys) >= MAX_KEYS:
+            return "other"
+        self._keys.add(tenant)
+        return tenant
 
     def success(self, generation: Generation, arrived_at: float) -> None:
         """A generation has ended well; `arrived_at` is its request's time.perf_counter()."""
@@ -191,6 +222,11 @@ class RequestMetrics:
         validation_s = generation.started_at - arrived_at
         self._success.inc()
         self._prompt_tokens.inc(len(request.input_ids))
+        if request.tenant:
+            key = self._key(request.tenant)
+            self._key_requests.labels(key).inc()
+            self._key_prompt.labels(key).inc(len(request.input_ids))
+            self._key_generated.labels(key).inc(generation.generated_tokens)
         if finished is not None and finished.usage.cached_tokens:
             self._cached_tokens.inc(finished.usage.cached_tokens)
         with self._lock:
@@ -246,19 +282,24 @@ class HostMetrics:
         *,
         max_batch_total_tokens: int,
         capacity: Callable[[], Capacity],
+        restarted: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`capacity` is the engine's; it is asked at most twice a second."""
+        """`capacity` is the engine's; it is asked at most twice a second. `restarted`: another engine was before it."""
         self._metrics = metrics
         self._lock = threading.Lock()
         self._clock = clock
         self._capacity = capacity
         self._flushed_at = self._sampled_at = -1e9
-        self._preempted_before = 0
+        self._before = Capacity(0, 0, 0, 0)
         self._stats = HostStats(0, 0, 0)
         self._queue_size = metrics.gauge("tgi_queue_size", "Requests that wait for the engine")
+        self._queue_tokens = metrics.gauge("tgi_queue_prompt_tokens", "Prompt tokens of the requests that wait")
         self._batch_size = metrics.gauge("tgi_batch_current_size", "Requests in the engine")
-        self._batch_tokens = metrics.gauge("tgi_batch_current_max_tokens", "Tokens of the requests in the engine")
+        self._batch_tokens = metrics.gauge("tgi_batch_total_tokens", "Tokens of the requests in the engine")
+        self._batch_max_tokens = metrics.gauge(
+            "tgi_batch_current_max_tokens", "Tokens that the requests in the engine will have at most"
+        )
         maximum = metrics.gauge(
             "tgi_batch_max_total_tokens", "Tokens that the requests in the engine may have together"
         )
@@ -266,6 +307,20 @@ class HostMetrics:
         self._kv_used = metrics.gauge("tgi_kv_cache_used_tokens", "Tokens in the KV cache that running requests hold")
         self._kv_total = metrics.gauge("tgi_kv_cache_capacity_tokens", "Tokens that the KV cache can hold")
         self._preemptions = metrics.counter("tgi_preemptions", "Sequences that lost their KV pages and started anew")
+        self._drafted = metrics.counter("tgi_speculation_drafted_tokens", "Tokens that speculation has guessed")
+        self._accepted = metrics.counter("tgi_speculation_accepted_tokens", "Guessed tokens that were right")
+        restarts = metrics.counter("tgi_engine_restarts", "Times that the engine was started again")
+        if restarted:
+            restarts.inc()
+        self._concats = metrics.counter(
+            "tgi_batch_concat", "Times that requests joined those in the engine", ["reason"]
+        ).labels("chunking")
+        self._concat_duration = Tally(
+            metrics.histogram("tgi_batch_concat_duration", "Seconds to hand them over", DURATIONS, ["method"]).labels(
+                "decode"
+            ),
+            DURATIONS,
+        )
         self._generated = metrics.counter("tgi_generated_tokens", "Tokens that the engine has generated")
         self._next_size = metrics.tally("tgi_batch_next_size", "Requests that entered the engine together", BATCH_SIZES)
         self._skipped = metrics.tally(
@@ -282,13 +337,18 @@ class HostMetrics:
             DURATIONS,
             by_method,
         )
+        decodes = metrics.histogram(
+            "tgi_batch_decode_duration", "Seconds per step to see whose the tokens are", DURATIONS, by_method
+        )
+        filters = metrics.histogram(
+            "tgi_batch_filter_duration", "Seconds per step to hand tokens and endings on", DURATIONS, by_method
+        )
         self._methods = {
             method: _Method(
                 counts.labels(method),
                 successes.labels(method),
                 failures.labels(method),
-                Tally(durations.labels(method), DURATIONS),
-                Tally(forwards.labels(method), DURATIONS),
+                *(Tally(each.labels(method), DURATIONS) for each in (durations, forwards, decodes, filters)),
             )
             for method in ("prefill", "decode")
         }
@@ -299,19 +359,22 @@ class HostMetrics:
     def queued(self, stats: HostStats) -> None:
         with self._lock:
             self._stats = stats
-            self._queue_size.set(stats.queue_size)
+            self._set_gauges()
 
-    def admitted(self, requests: int, stats: HostStats) -> None:
+    def admitted(self, requests: int, stats: HostStats, took_s: float) -> None:
         with self._lock:
             self._stats = stats
             self._next_size.add(requests)
+            if stats.running > requests:
+                self._concats.inc()
+                self._concat_duration.add(took_s)
             self._set_gauges()
 
     def stepped(self, report: StepReport) -> None:
         now = self._clock()
         with self._lock:
             self._stats = report.stats
-            self._methods["prefill" if report.prefills else "decode"].add(report.duration_s, report.failures)
+            self._methods["prefill" if report.prefills else "decode"].add(report)
             tokens = report.prefills + report.decodes
             self._pending_tokens += tokens
             if report.tokens_per_request:
@@ -332,8 +395,8 @@ class HostMetrics:
         self._set_gauges()
         self._generated.inc(self._pending_tokens)
         self._pending_tokens = 0
-        self._next_size.flush()
-        self._skipped.flush()
+        for tally in (self._next_size, self._skipped, self._concat_duration):
+            tally.flush()
         for method in self._methods.values():
             method.flush()
         if now - self._sampled_at >= _SAMPLE_CAPACITY_S or not self._stats.running:
@@ -343,7 +406,9 @@ class HostMetrics:
     def _set_gauges(self) -> None:
         self._queue_size.set(self._stats.queue_size)
         self._batch_size.set(self._stats.running)
+        self._queue_tokens.set(self._stats.queue_tokens)
         self._batch_tokens.set(self._stats.batch_tokens)
+        self._batch_max_tokens.set(self._stats.batch_max_tokens)
 
     def _sample_capacity(self) -> None:
         try:
@@ -353,8 +418,13 @@ class HostMetrics:
             return
         self._kv_total.set(capacity.total_kv_tokens)
         self._kv_used.set(capacity.total_kv_tokens - capacity.free_kv_tokens)
-        self._preemptions.inc(max(capacity.preemptions - self._preempted_before, 0))
-        self._preempted_before = capacity.preemptions
+        before, self._before = self._before, capacity
+        for counter, now, then in (
+            (self._preemptions, capacity.preemptions, before.preemptions),
+            (self._drafted, capacity.drafted_tokens, before.drafted_tokens),
+            (self._accepted, capacity.accepted_tokens, before.accepted_tokens),
+        ):
+            counter.inc(max(now - then, 0))
 
 
 class _Method:
@@ -367,13 +437,14 @@ class _Method:
         self._durations = durations
         self._pending = self._failed = 0
 
-    def add(self, duration_s: float, failures: int) -> None:
+    def add(self, report: StepReport) -> None:
         self._pending += 1
-        if failures:
+        if report.failures:
             self._failed += 1
         else:
-            for tally in self._durations:
-                tally.add(duration_s)
+            seconds = (report.duration_s, report.duration_s, report.handling_s, report.telling_s)
+            for tally, value in zip(self._durations, seconds, strict=True):
+                tally.add(value)
 
     def flush(self) -> None:
         if self._pending:

@@ -121,7 +121,6 @@ async def running_worker(backend: Backend, folder: Path, **settings: Any) -> Asy
     generations.bind(asyncio.get_running_loop())
     info = await backend.start(generations.emit)
     tokenizer = Tokenizer.from_folder(folder)
-    limits = {"max_input_tokens": info.max_input_tokens, "max_total_tokens": info.max_total_tokens}
     services = Services(
         settings=Settings(**settings),
         info=info,
@@ -129,7 +128,9 @@ async def running_worker(backend: Backend, folder: Path, **settings: Any) -> Asy
         generations=generations,
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_folder(folder),
-        metrics=RequestMetrics(Metrics(), **limits),
+        metrics=RequestMetrics(
+            Metrics(), max_input_tokens=info.max_input_tokens, max_total_tokens=info.max_total_tokens
+        ),
     )
     app = create_app(services)
     transport = httpx.ASGITransport(app)
