@@ -23,6 +23,7 @@ class EmulatedLauncher:
 
     def __init__(self, folder: Path, multiprocessors: int = 3, seed: int = 0) -> None:
         self.multiprocessors = multiprocessors
+        self.shared_bytes = 227 * 1024
         self._folder = folder
         self._seeds = itertools.count(seed)
         self._libraries: dict[Kernel, ctypes.CDLL] = {}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tgi_backend_cuda.native.linear import supports_linear
 from tgi_backend_cuda.native.ops import NativeOps
 from tgi_backend_cuda.prefill import PlannedPrompts
 from tgi_model_server.device import Norm
@@ -38,9 +37,14 @@ class CudaOps(TritonOps):
 
     def _suited(self, x: torch.Tensor, *, normed: bool) -> NativeOps | None:
         tokens, columns = x.shape
-        if tokens not in NATIVE_TOKENS or not supports_linear(tokens, columns, x.dtype, normed=normed):
+        native = self._native
+        if (
+            native is None
+            or tokens not in NATIVE_TOKENS
+            or not native.supports(tokens, columns, x.dtype, normed=normed)
+        ):
             return None
-        return self._native
+        return native
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         native = self._suited(x, normed=False)

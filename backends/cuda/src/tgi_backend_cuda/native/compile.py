@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,13 +63,6 @@ def build(kernel: Kernel, arch: str, folder: Path | None = None) -> bytes:
     except OSError:
         pass
     return code
-
-
-def build_all(kernels: Iterable[Kernel], arch: str, folder: Path | None = None) -> dict[Kernel, bytes]:
-    """`build` of each, several at a time."""
-    wanted = list(dict.fromkeys(kernels))
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return dict(zip(wanted, pool.map(lambda kernel: build(kernel, arch, folder), wanted), strict=True))
 
 
 def _nvrtc() -> Any:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from tgi_backend_cuda.native.compile import Kernel, build, build_all
+from tgi_backend_cuda.native.compile import Kernel, build
 from tgi_gateway.errors import StartError
 
-Argument = ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_float
+Argument = ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_uint64 | ctypes.c_float
 
 
 class Launcher(Protocol):
@@ -20,6 +22,11 @@ class Launcher(Protocol):
 
     @property
     def multiprocessors(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory, that one block can have."""
+        ...
 
     def launch(
         self,
@@ -38,32 +45,39 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 
 class CudaLauncher:
-    """Compiles and loads a kernel when it is first wanted: so use each once before a graph is captured, or `load` it.
+    """Compiles and loads a kernel when it is first wanted, so use each once before a graph is captured; `prepare` says
+    early which ones those will be.
 
     With `overlap` (programmatic dependent launch) the blocks of a kernel start as soon as those of the kernel before
     it let them, and wait for its results themselves; chips before sm_90 know nothing of it.
     """
 
     def __init__(self, device: torch.device, *, overlap: bool = True, cache: Path | None = None) -> None:
+        driver = _driver()
         properties = torch.cuda.get_device_properties(device)
         self._device = device
         self._cache = cache
-        self._multiprocessors = int(properties.multi_processor_count)
         # Code for sm_90a may use all that the chip has; from sm_100 on the plain names do.
         self._arch = f"sm_{properties.major}{properties.minor}" + ("a" if properties.major == 9 else "")
         self._overlap = overlap and properties.major >= 9
+        self.multiprocessors = int(properties.multi_processor_count)
+        optin = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().query()  # torch has made its context this thread's
+            (current,) = _check(driver.cuCtxGetDevice(), "asking for the device")
+            (shared_bytes,) = _check(driver.cuDeviceGetAttribute(optin, current), "asking for its shared memory")
+        self.shared_bytes = int(shared_bytes)
+        self._builds: dict[Kernel, Future[bytes]] = {}
         self._functions: dict[Kernel, Any] = {}
         self._modules: list[Any] = []
 
-    @property
-    def multiprocessors(self) -> int:
-        return self._multiprocessors
-
-    def load(self, kernels: Iterable[Kernel]) -> None:
-        """Compile, several at a time, and load what is not there yet."""
-        missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._functions]
-        for kernel, code in build_all(missing, self._arch, self._cache).items():
-            self._add(kernel, code)
+    def prepare(self, kernels: Iterable[Kernel]) -> None:
+        """Begin to compile `kernels` beside the caller's work, on all cores; `launch` waits for the one it needs."""
+        missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._builds]
+        if missing:
+            pool = ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1), "nvrtc")
+            self._builds |= {kernel: pool.submit(build, kernel, self._arch, self._cache) for kernel in missing}
+            pool.shutdown(wait=False)  # once all are done
 
     def launch(
         self,
@@ -74,9 +88,7 @@ class CudaLauncher:
         arguments: Sequence[Argument],
     ) -> None:
         driver = _driver()
-        function = self._functions.get(kernel)
-        if function is None:
-            function = self._add(kernel, build(kernel, self._arch, self._cache))
+        function = self._functions.get(kernel) or self._load(kernel)
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -91,19 +103,17 @@ class CudaLauncher:
         values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         _check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(values), 0), f"starting {kernel.name}")
 
-    def _add(self, kernel: Kernel, code: bytes) -> Any:
-        driver = _driver()
-        what = f"loading {kernel.name}"
+    def _load(self, kernel: Kernel) -> Any:
+        self.prepare([kernel])
+        image = ctypes.create_string_buffer(self._builds[kernel].result())
+        driver, what = _driver(), f"loading {kernel.name}"
+        attribute = driver.CUfunction_attribute
         with torch.cuda.device(self._device):
-            torch.cuda.current_stream().query()  # torch has made its context this thread's
-            image = ctypes.create_string_buffer(code)
+            torch.cuda.current_stream().query()
             (module,) = _check(driver.cuModuleLoadData(ctypes.addressof(image)), what)
             (function,) = _check(driver.cuModuleGetFunction(module, kernel.name.encode()), what)
-            attribute = driver.CUfunction_attribute
-            (static,) = _check(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function), what)
-            limit = int(torch.cuda.get_device_properties(self._device).shared_memory_per_block_optin) - int(static)
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(driver.cuFuncSetAttribute(function, most, limit), what)
+            _check(driver.cuFuncSetAttribute(function, most, self.shared_bytes), what)
             # The same for all, since a multiprocessor must run empty before it divides its memory in another way.
             carveout = attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             _check(driver.cuFuncSetAttribute(function, carveout, 100), what)

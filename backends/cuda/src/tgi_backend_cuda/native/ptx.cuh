@@ -143,6 +143,7 @@ DEVICE float power_of_2(float v) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
+DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 DEVICE float inverse_root(float v) { return 1.0f / sqrtf(v); }
 
 DEVICE float warp_sum(float v) {

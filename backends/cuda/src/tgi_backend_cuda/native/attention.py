@@ -1,0 +1,181 @@
+"""Attention of rows with one new token, rotation and cache write included: how `attention.cu` is started."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tgi_backend_cuda.native.compile import Kernel
+from tgi_backend_cuda.native.launch import Argument, Launcher, pointer
+
+_LOG2E = 1.4426950408889634
+_TILE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTuning:
+    """See `attention.cu`."""
+
+    warps: int = 4
+    stages: int = 3
+    least: int = 4
+    """Tiles of 16 keys that make another block worth its part in the reduction."""
+    blocks: int = 2
+    """Blocks for each multiprocessor that a step of long sequences is divided into, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norm of single heads before the rotation, as in Qwen3; weights [head_dim]."""
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Which keys the rows of a step have, on the device; contiguous. Fixed buffers, so that a graph can be replayed."""
+
+    page_table: torch.Tensor
+    """int32 [T, most pages of a row]"""
+    kv_lens: torch.Tensor
+    """int32 [T], the new token included; 0 for a row that is not there."""
+    cache_slots: torch.Tensor
+    """int32 [T]: page * page_size + offset of the new token."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """An attention layer's sizes."""
+
+    kv_heads: int
+    group: int
+    """Query heads of a KV head."""
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    normed: bool
+    tuning: AttentionTuning
+
+    @property
+    def kernel(self) -> Kernel:
+        constants = {
+            "BF16": int(self.dtype == torch.bfloat16),
+            "HEAD_DIM": self.head_dim,
+            "GROUP": self.group,
+            "PAGE": self.page_size,
+            "NORM": int(self.normed),
+            "WARPS": self.tuning.warps,
+            "STAGES": self.tuning.stages,
+            "LEAST": self.tuning.least,
+            "EVICT_FIRST": 0,
+        }
+        return Kernel("attention", tuple(constants.items()))
+
+    def fitted(self, shared_bytes: int) -> DecodeShape:
+        """With as many stages as a block's shared memory has room for, two at least."""
+        stages = self.tuning.stages
+        fitted = self
+        while fitted.shared_bytes(64) > shared_bytes and stages > 2:
+            stages -= 1
+            fitted = replace(self, tuning=replace(self.tuning, stages=stages))
+        return fitted
+
+    def splits(self, rows: int, multiprocessors: int, longest: int) -> int:
+        """Blocks that a row and KV head gets at most: enough to fill the chip, no more than `longest` keys need."""
+        wanted = -(-self.tuning.blocks * multiprocessors // (rows * self.kv_heads))
+        return max(1, min(wanted, -(-longest // (self.tuning.least * _TILE))))
+
+    def shared_bytes(self, splits: int) -> int:
+        """As `attention` in `attention.cu` divides it."""
+        warps, dim = self.tuning.warps, self.head_dim
+        ring = warps * self.tuning.stages * 2 * _TILE * dim * 2
+        heads = (self.group + 2) * dim * 2
+        floats = warps * dim + warps * self.group * 2 + max(warps, splits) * self.group
+        return -(-(ring + heads + 4 * floats + 4) // 16) * 16
+
+
+class Attention:
+    """Starts one shape's kernels; keeps what their blocks leave each other, for rows in any number up to `max_rows`.
+
+    Launches on one stream only: the next one finds the counters as this one leaves them.
+    """
+
+    def __init__(self, launcher: Launcher, shape: DecodeShape, max_rows: int, device: torch.device) -> None:
+        self._launcher = launcher
+        self._shape = shape
+        self._max_rows = max_rows
+        # Fewer rows may have more splits, but never more parts than the chip has room for, and one for each pair.
+        parts = max_rows * shape.kv_heads + shape.tuning.blocks * launcher.multiprocessors
+        words = shape.group * shape.head_dim
+        self._parts = torch.empty(parts * words, dtype=torch.float32, device=device)
+        self._sums = torch.empty(parts * shape.group * 2, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(max_rows * shape.kv_heads, dtype=torch.int32, device=device)
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        rows: DecodeRows,
+        *,
+        scale: float,
+        window: int | None,
+        norms: HeadNorms | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Fill `out` [T, heads * head_dim]; see `NativeOps.rope_attention`."""
+        shape = self._shape
+        tokens = qkv.shape[0]
+        assert tokens <= self._max_rows
+        assert k_pool.stride() == v_pool.stride()
+        assert k_pool.stride(3) == 1
+        columns = rows.page_table.shape[1]
+        splits = shape.splits(tokens, self._launcher.multiprocessors, columns * shape.page_size)
+        half = cos.shape[1]
+        assert 2 * half <= shape.head_dim
+        q_norm, k_norm, eps = (norms.q_weight, norms.k_weight, norms.eps) if norms else (None, None, 0.0)
+        arguments: Sequence[Argument] = (
+            pointer(qkv),
+            pointer(cos),
+            pointer(sin),
+            pointer(q_norm),
+            pointer(k_norm),
+            ctypes.c_float(eps),
+            pointer(k_pool),
+            pointer(v_pool),
+            *(ctypes.c_uint64(k_pool.stride(dimension)) for dimension in range(3)),
+            pointer(rows.page_table),
+            ctypes.c_uint32(columns),
+            pointer(rows.kv_lens),
+            pointer(rows.cache_slots),
+            pointer(out),
+            pointer(self._parts),
+            pointer(self._sums),
+            pointer(self._arrived),
+            ctypes.c_float(scale * _LOG2E),
+            ctypes.c_uint32(window or 0),
+            ctypes.c_uint32(half),
+        )
+        grid = (splits, shape.kv_heads, tokens)
+        threads = 32 * shape.tuning.warps
+        self._launcher.launch(shape.kernel, grid, threads, shape.shared_bytes(splits), arguments)
+
+
+def supports_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+    """Whether a model's attention can run here: heads of 64, 128 or 256, at most 8 of them to a KV head, and pages of
+    the same 16-bit dtype.
+    """
+    return (
+        head_dim in (64, 128, 256)
+        and heads % kv_heads == 0
+        and heads // kv_heads <= 8
+        and dtype in (torch.bfloat16, torch.float16)
+        and kv_dtype == dtype
+    )
