@@ -159,6 +159,10 @@ async def test_calls_can_be_asked_for(says: Callable[..., Any], choice: dict[str
         ({"max_tokens": 100_000}, "`max_new_tokens` must be <="),
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "`tools[0].type` web_search_20250305 is not"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "a block of type image"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": 3}]}]},
+            "`messages[0].content` must be a text or a list of blocks",
+        ),
         ({"container": "c"}, "`container` is not supported"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}}, "Tool with name other not found"),
         ({"max_token": 1}, "Unknown parameter: `max_token`; did you mean `max_tokens`?"),

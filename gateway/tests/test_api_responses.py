@@ -167,6 +167,8 @@ async def test_structured_text_is_asked_for_in_this_apis_form(says: Callable[...
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "a part of type input_image is not supported",
         ),
+        ({"input": [{"type": "reasoning", "content": 3}]}, "`input[0]` must be a text or a list of parts"),
+        ({"seed": 2**64}, "seed"),
         ({"text": {"format": {"type": "xml"}}}, "`text.format` needs a `type`"),
         ({"temprature": 1}, "Unknown parameter: `temprature`; did you mean `temperature`?"),
     ],

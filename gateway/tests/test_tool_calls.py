@@ -252,6 +252,27 @@ def test_an_answer_may_end_anywhere(family: str, answer: str) -> None:
         assert read(family, list(answer[:end])) == read(family, [answer[:end]])
 
 
+FRAGMENTS = (
+    *sorted({mark for family in FAMILIES.values() for mark in family.marks}),
+    *("<think>", "</think>", "Action:", "```json", "```", "[TOOL", "<tool", "<function=get_weather>", "</function>"),
+    *("<parameter=city>", "</parameter>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    *('{"name": ', '"get_weather"', '"arguments": ', '"tool_name": ', '"function": ', "get_weather", "add", "null"),
+    *("to=functions.add ", "analysis", "final", "1", "e", "é🙂", *"{}[]():,;= \n\"'\\"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_is_written_is_read_and_the_same_however_it_is_cut(family: str) -> None:
+    rng = random.Random(family)
+    for _ in range(150):
+        answer = "".join(rng.choices(FRAGMENTS, k=rng.randint(1, 14)))
+        marks = rng.choice((None, THINK))
+        whole = read(family, [answer], marks)
+        assert read(family, list(answer), marks) == whole, answer
+        for at in rng.sample(range(len(answer) + 1), 2):
+            assert read(family, [answer[:at], answer[at:]], marks) == whole, answer
+
+
 def test_arguments_come_as_they_grow() -> None:
     reader = parser(FAMILIES["hermes"], TOOLS, None, False)
     assert reader.push('Hm <tool_call>\n{"name": "get_weather"') == [Text("Hm"), CallBegin("get_weather")]

@@ -326,9 +326,12 @@ def _user(role: str, blocks: Iterable[dict[str, Any]], where: str) -> list[Messa
     return results
 
 
-def _text(content: str | list[dict[str, Any]], where: str, between: str = "") -> str:
+def _text(content: object, where: str, between: str = "") -> str:
+    """The text of a content, whose blocks may be texts only. Raises `ValidationError`, `Unsupported`."""
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise ValidationError(f"{where} must be a text or a list of blocks")
     texts: list[str] = []
     for block in content:
         match block:

@@ -79,7 +79,7 @@ class ResponsesBody(Struct, kw_only=True):
     top_p: float | None = None
     top_k: I32 | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     top_logprobs: U32 | None = None
     include: list[str] | None = None
@@ -330,8 +330,8 @@ class _Messages:
                 self._say("tool", _texts(output, f"{where}.output"), call_id)
             case {"type": "reasoning"}:
                 self._turn = None
-                parts = item.get("content") or item.get("summary") or ()
-                self._thought = "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+                parts = item.get("content") or item.get("summary") or []
+                self._thought = _texts(parts, where)
             case {"role": str(role), "content": content} if item.get("type", "message") == "message":
                 text = _texts(content, f"{where}.content")
                 if role != "assistant":
@@ -372,7 +372,7 @@ def _texts(content: object, where: str) -> str:
     texts: list[str] = []
     for part in content:
         match part:
-            case {"type": "input_text" | "output_text" | "text", "text": str(text)}:
+            case {"type": "input_text" | "output_text" | "reasoning_text" | "summary_text" | "text", "text": str(text)}:
                 texts.append(text)
             case {"type": "refusal", "refusal": str(text)}:
                 texts.append(text)

@@ -289,6 +289,9 @@ class CoroutineParser:
 def held_back(text: str, marks: Collection[str]) -> int:
     """Length of the longest end of `text` with which one of `marks` may begin."""
     longest = max(map(len, marks), default=0) - 1
+    tail = text[-longest:] if longest > 0 else ""
+    if not any(mark[0] in tail for mark in marks):
+        return 0  # as nearly always
     for length in range(min(longest, len(text)), 0, -1):
         end = text[-length:]
         if any(mark.startswith(end) for mark in marks):

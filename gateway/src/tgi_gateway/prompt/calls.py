@@ -275,44 +275,37 @@ def _identifier(s: Scanner) -> Generator[None, None, str]:
 
 
 def _expression(s: Scanner) -> Generator[None, None, str]:
-    """One Python literal, as JSON."""
+    """One Python literal, which a ``,`` or ``)`` outside of all brackets and quotes ends, as JSON."""
+    depth, quote, at = 0, "", 0
     while True:
-        end = _expression_end(s.buffer)
-        if end is not None:
-            text = s.take(end)
-            try:
-                return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False)
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                pass
-            try:
-                return json.dumps(json.loads(text), ensure_ascii=False)  # true, false, null
-            except (ValueError, RecursionError):
-                return json.dumps(text.strip(), ensure_ascii=False)
+        while at < len(s.buffer):
+            char = s.buffer[at]
+            if quote:
+                if char == "\\":
+                    at += 1
+                elif char == quote:
+                    quote = ""
+            elif char in "\"'":
+                quote = char
+            elif char in "([{":
+                depth += 1
+            elif depth == 0 and char in ",)]}":
+                return _literal_json(s.take(at).strip())
+            elif char in ")]}":
+                depth -= 1
+            at += 1
         yield from s.more()
 
 
-def _expression_end(text: str) -> int | None:
-    """Where a top-level ``,`` or ``)`` ends the expression; None: not yet."""
-    depth, quote, at = 0, "", 0
-    while at < len(text):
-        char = text[at]
-        if quote:
-            if char == "\\":
-                at += 1
-            elif char == quote:
-                quote = ""
-        elif char in "\"'":
-            quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            if depth == 0:
-                return at
-            depth -= 1
-        elif char == "," and depth == 0:
-            return at
-        at += 1
-    return None
+def _literal_json(text: str) -> str:
+    try:
+        return json.dumps(ast.literal_eval(text), ensure_ascii=False)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False)  # true, false, null
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
 
 
 def mistral(s: Scanner, _: Tools) -> Steps:
