@@ -59,12 +59,12 @@ def stacked(tokens: int, shape: AttentionShape) -> tuple[torch.Tensor, ...]:
     return empty(tokens, sum(sizes), shape.head_dim, dtype=shape.dtype).split_with_sizes(sizes, 1)
 
 
-def turn_and_store(tuning: Tuning, norms: HeadNorms | None) -> torch.Tensor:
+def turn_and_store(tuning: Tuning, norms: HeadNorms | None, kv_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     planned = triton_plan(
         step([(64, 64)]), LLAMA_8B, KVLayout(16), device=torch.device("cpu"), cores=132, tuning=tuning
     )
     angles = empty(64, 64, dtype=torch.float32)
-    pool = empty(100, 16, 8, 128)
+    pool = empty(100, 16, 8, 128, dtype=kv_dtype)
     q, k, v = stacked(64, LLAMA_8B)
     TritonOps(tuning).write_kv(k, v, pool, pool, planned)
     return TritonOps(tuning).rope_write_kv(q, k, v, angles, angles, pool, pool, planned, norms)
@@ -95,6 +95,16 @@ def build_all(call: Callable[[], object], target: str) -> list[Built]:
     for launch, each in zip(noted, built, strict=True):
         assert each.shared_bytes <= SHARED_BYTES[target], f"{launch.name}: {each.shared_bytes} bytes of shared memory"
     return built
+
+
+def test_float8_e4m3_pools_are_written_and_read_by_the_instructions_of_newer_chips() -> None:
+    kv_dtype = torch.float8_e4m3fn
+    stored = build_all(lambda: turn_and_store(TUNINGS["sm"], None, kv_dtype), "sm_90")
+    shape = replace(LLAMA_8B, kv_dtype=kv_dtype)
+    read = build_all(lambda: attend(TUNINGS["sm"], [(1, 8000), (64, 100)], None, shape), "sm_90")
+    assert all("satfinite.e4m3x2" in each.assembly for each in stored)
+    assert sum("cvt.rn.f16x2.e4m3x2" in each.assembly for each in read) == 2
+    assert all(each.spilled_bytes == 0 for each in (*stored, *read))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -189,6 +189,53 @@ def test_write_kv_converts_to_the_dtype_of_the_pool() -> None:
         assert torch.equal(found, wanted)
 
 
+def step_of_float8(kv_dtype: torch.dtype, scale: float = 1.0) -> tuple[float, float]:
+    """(largest difference, largest number) of what kernels and the reference store and make of a pool of 8 bits."""
+    shape, layout = AttentionShape(4, 2, 20, torch.bfloat16, kv_dtype), KVLayout(4)
+    plan = make_plan(4, [(1, 30), (5, 9), (1, 61)])
+    q, k, v = stacked_heads(plan.num_tokens, 4, 2, 20, torch.bfloat16)
+    k, v = k * scale, v * scale
+    pools, theirs = make_pools(plan, shape, layout), make_pools(plan, shape, layout)
+    planned = make_triton_plan(plan, shape, layout)
+    OPS.write_kv(k, v, *pools, planned)
+    REFERENCE.write_kv(k, v, *theirs, reference_plan(plan, layout, PLACE))
+    off = largest = 0.0
+    for found, wanted in zip(pools, theirs, strict=True):
+        assert bool(found.float().isfinite().all())
+        off = max(off, (found.float() - wanted.float()).abs().max().item())
+        largest = max(largest, found.float().abs().max().item())
+    # From here on both read the same numbers.
+    ops = TritonOps(SMALL)
+    found = ops.attention(q, *pools, planned, scale=0.2, sliding_window=None)
+    wide = [pool.float() for pool in pools]
+    wanted = REFERENCE.attention(q.float(), *wide, reference_plan(plan, layout, PLACE), scale=0.2, sliding_window=None)
+    close(found, wanted)
+    return off, largest
+
+
+@pytest.mark.parametrize(("kv_dtype", "digits"), [(torch.float8_e4m3fn, 3), (torch.float8_e5m2, 2)])
+def test_pools_of_8_bits_keep_what_the_reference_keeps_and_are_read_exactly(kv_dtype: torch.dtype, digits: int) -> None:
+    off, largest = step_of_float8(kv_dtype)
+    # The interpreter cuts off where chips round.
+    assert off <= (2.0**-digits * largest if interpreted() else 0.0)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_what_8_bits_cannot_hold_becomes_their_largest_number(kv_dtype: torch.dtype) -> None:
+    assert step_of_float8(kv_dtype, scale=1e6)[1] == torch.finfo(kv_dtype).max
+
+
+def test_rope_write_kv_saturates_too() -> None:
+    shape, layout = AttentionShape(4, 2, 20, torch.bfloat16, torch.float8_e4m3fn), KVLayout(4)
+    plan = make_plan(4, [(3, 7)])
+    q, k, v = stacked_heads(3, 4, 2, 20, torch.bfloat16)
+    pools = make_pools(plan, shape, layout)
+    cos, sin = angles(3, 8)
+    OPS.rope_write_kv(q, k * 1e4, v * 1e4, cos, sin, *pools, make_triton_plan(plan, shape, layout))
+    for pool in pools:
+        assert pool.float().abs().max().item() == 448.0
+
+
 # Plans.
 
 

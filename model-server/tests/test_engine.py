@@ -22,7 +22,7 @@ from tgi_model_server.engine import Engine, load_engine
 from tgi_model_server.kv.pool import PagePool, page_bytes
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepOutput
-from tgi_model_server.testing.devices import ReferenceDevice, StaticDevice
+from tgi_model_server.testing.devices import MeasuredDevice, ReferenceDevice, StaticDevice
 from tgi_model_server.testing.models import SMALL, HandBatch, make_request, save_random_model
 
 
@@ -147,6 +147,52 @@ def test_pages_fill_the_memory_that_is_free_but_no_more_than_all_sequences_need(
     assert half.num_pages < small.num_pages
 
 
+def test_the_pool_takes_what_the_largest_steps_leave(folder: Path) -> None:
+    device = MeasuredDevice(memory_bytes=4 << 20, step_bytes=1 << 20)
+    engine = load(folder, device, max_batch_size=32, max_batch_prefill_tokens=300)
+    mixed, decode = device.measured
+    assert (len(mixed.slots), mixed.num_tokens, max(mixed.kv_lens)) == (32, 332, 256)
+    assert (len(decode.slots), decode.num_tokens, decode.is_decode) == (32, 32, True)
+    for plan in (mixed, decode):
+        assert plan.sample_rows == plan.slots == list(range(32))
+        assert [len(pages) for pages in plan.pages] == [-(-length // 4) for length in plan.kv_lens]
+    each = page_bytes(3, device.layout, engine._shape)
+    assert engine.num_pages == (int((4 << 20) * 0.99) - (1 << 20)) // each
+    assert len(HandBatch(engine).generate(make_request(1, prompt(1, 20)), 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e4m3fn", torch.float8_e4m3fn), ("auto", torch.bfloat16)],
+)
+def test_pages_of_8_bits_hold_more_tokens(folder: Path, name: str, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"max_batch_size": 64, "dtype": "bfloat16"}
+    plain = load(folder, MeasuredDevice(memory_bytes=2 << 20), **options)
+    engine = load(folder, MeasuredDevice(memory_bytes=2 << 20), kv_cache_dtype=name, **options)
+    assert {pool.dtype for pool in (*engine._kv.keys, *engine._kv.values)} == {dtype}
+    assert engine.num_pages // plain.num_pages == 2 // dtype.itemsize
+    tokens = HandBatch(engine).generate(make_request(1, prompt(1, 30)), 8, chunk=7)
+    assert tokens == HandBatch(engine).generate(make_request(2, prompt(1, 30)), 8), "whatever the chunks"
+
+
+def test_a_fraction_of_the_memory_is_counted_from_all_of_it(folder: Path) -> None:
+    half = MeasuredDevice(memory_bytes=8 << 20, step_bytes=1 << 20)
+    engine = load(folder, half, max_batch_size=64, memory_fraction=0.5)
+    each = page_bytes(3, half.layout, engine._shape)
+    assert engine.num_pages == ((4 << 20) - (1 << 20) - int((8 << 20) * 0.01)) // each
+
+
+def test_more_tokens_than_fit_beside_the_largest_step_are_refused_with_what_does(folder: Path) -> None:
+    options: dict[str, Any] = {"max_batch_size": 8, "max_batch_prefill_tokens": 64}
+    with pytest.raises(SettingsError, match=r"1 MiB for the largest step, enough for (\d+) tokens") as refused:
+        load(folder, MeasuredDevice(memory_bytes=4 << 20), max_batch_total_tokens=100_000, **options)
+    most = int(str(refused.value).split("enough for ")[1].split()[0])
+    engine = load(folder, MeasuredDevice(memory_bytes=4 << 20), max_batch_total_tokens=most, **options)
+    assert engine.num_pages == 1 + most // 4
+    with pytest.raises(SettingsError, match=f"enough for {most} tokens"):
+        load(folder, MeasuredDevice(memory_bytes=4 << 20), max_batch_total_tokens=most + 1, **options)
+
+
 def test_max_batch_total_tokens_is_kept_exactly_in_whole_pages(folder: Path) -> None:
     assert load(folder, max_batch_total_tokens=101).num_pages == 1 + 26
 
@@ -154,6 +200,11 @@ def test_max_batch_total_tokens_is_kept_exactly_in_whole_pages(folder: Path) -> 
 def test_memory_for_less_than_one_sequence_is_refused(folder: Path) -> None:
     with pytest.raises(SettingsError, match=r"max_total_tokens 256 needs .* Lower --max-total-tokens"):
         load(folder, ReferenceDevice(memory_bytes=1 << 16))
+    tight = MeasuredDevice(memory_bytes=600 << 10, step_bytes=512 << 10)
+    with pytest.raises(SettingsError, match=r"max_total_tokens 256 needs"):
+        load(folder, tight, max_total_tokens=256, max_batch_size=2)
+    # Nobody asked for 256.
+    assert 1 < load(folder, tight, max_batch_size=2).num_pages <= 256 // 4
     with pytest.raises(SettingsError, match=r"max_batch_total_tokens is 1000000000, which needs"):
         load(folder, max_batch_total_tokens=10**9)
 
@@ -164,7 +215,10 @@ def test_memory_for_less_than_one_sequence_is_refused(folder: Path) -> None:
         ({"max_total_tokens": 300}, "max_total_tokens is 300; this model allows 256"),
         ({"dtype": "int4"}, "--dtype is 'int4'; allowed are float32, float16, bfloat16"),
         ({"quantize": "awq"}, "--quantize is 'awq'; this engine does not support it"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is 'fp8_e5m2'"),
+        (
+            {"kv_cache_dtype": "int8"},
+            "--kv-cache-dtype is 'int8'; reference can keep .* in auto, fp8_e4m3, fp8_e4m3fn, fp8_e5m2",
+        ),
         ({"lora_adapters": ("a",)}, "--lora-adapters"),
         ({"speculate": 3}, "--speculate is 3"),
     ],

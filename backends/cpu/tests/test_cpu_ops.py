@@ -192,3 +192,21 @@ def test_write_kv_puts_each_token_where_the_plan_says() -> None:
     REFERENCE.write_kv(k, v, keys, values, reference_plan(step.plan, LAYOUT, k.device))
     assert torch.equal(step.keys, keys)
     assert torch.equal(step.values, values)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_pages_of_8_bits_are_written_and_read_as_the_reference_does(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    step = Step([(3, 35), (1, 70), (40, 40)], 2, 8, dtype)
+    k, v = (random_tensor(44, 2, 8, dtype=dtype, seed=seed) * 1e3 for seed in (4, 5))
+    q = random_tensor(44, 4, 8, dtype=dtype, seed=6) * 1e-3
+    keys, values = step.keys.to(kv_dtype), step.values.to(kv_dtype)
+    theirs = keys.clone(), values.clone()
+    plan, reference = CpuAttentionPlan(step.plan), reference_plan(step.plan, LAYOUT, k.device)
+    OPS.write_kv(k, v, keys, values, plan)
+    REFERENCE.write_kv(k, v, *theirs, reference)
+    for found, wanted in ((keys, theirs[0]), (values, theirs[1])):
+        assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+        assert bool(found.float().isfinite().all()), "too large a number becomes the largest"
+    found = OPS.attention(q, keys, values, plan, scale=0.2, sliding_window=None)
+    assert_close(found, REFERENCE.attention(q, keys, values, reference, scale=0.2, sliding_window=None))

@@ -22,6 +22,8 @@ class MemoryFigures:
 
     total: int
     free: int
+    used: int = 0
+    """By this process, of `total`; 0 where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,11 @@ class Device(Protocol):
     def defaults(self) -> StepDefaults: ...
 
     @property
+    def kv_dtypes(self) -> Sequence[torch.dtype]:
+        """8-bit floats that `ops` can keep keys and values in, besides the dtype of the model."""
+        ...
+
+    @property
     def collective_backend(self) -> str:
         """torch.distributed backend: ``gloo``, ``nccl``, ``xla``, ..."""
         ...
@@ -242,6 +249,13 @@ class Device(Protocol):
 
     def memory(self) -> MemoryFigures:
         """`free` is what the engine may still take: less than all where other programs share the memory."""
+        ...
+
+    def peak(self, work: Callable[[], None]) -> int | None:
+        """Run `work` and return the bytes that it needed beyond what is in use, at its worst.
+
+        None, without running it, where that cannot be told or memory is not what limits; it is then estimated.
+        """
         ...
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -20,11 +21,19 @@ from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.sampler import Sampled, Sampler
 from tgi_model_server.sampling.watermark import Watermark
-from tgi_model_server.sizing import attention_shape, compute_dtype, num_pages, refuse_unsupported, step_limits
+from tgi_model_server.sizing import (
+    attention_shape,
+    compute_dtype,
+    kept_dtype,
+    num_pages,
+    refuse_unsupported,
+    step_limits,
+)
 from tgi_model_server.step import AttentionPlan, StepInput, refill, step_input
 from tgi_model_server.transfer import HostCopy, to_device
 from tgi_model_server.weights.dummy import DummyWeights
 from tgi_model_server.weights.loader import CheckpointWeights, Progress, Weights
+from tgi_model_server.worst_case import run_largest_steps
 
 _PROMPT_LOGPROB_ROWS = 128
 """Prompt tokens whose logits exist at a time."""
@@ -49,7 +58,9 @@ class Engine:
         eos_token_ids: Sequence[int],
         watermark: Watermark | None = None,
         group: Group = ALONE,
+        capture: bool = True,
     ) -> None:
+        """`capture`: run in the device's buckets, made fast now."""
         self.config = config
         self.eos_token_ids = tuple(eos_token_ids)
         self.limits = limits
@@ -71,7 +82,7 @@ class Engine:
                     argmax=device.ops.argmax,
                     peek=device.pipeline_depth == 1,
                 )
-            self._captured = self._capture(device.buckets(limits))
+            self._captured = self._capture(device.buckets(limits) if capture else ())
 
     @property
     def page_size(self) -> int:
@@ -273,7 +284,7 @@ def prepare(device: Device, options: EngineOptions, shard: Shard) -> Preparation
     refuse_unsupported(options)
     config = load_config(options.model_path, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
     dtype = compute_dtype(device, options, config)
-    shape = attention_shape(config, shard, dtype)
+    shape = attention_shape(config, shard, dtype, kept_dtype(device, options, dtype))
     options = replace(options, dtype=str(dtype).removeprefix("torch."))
     return Preparation(options, config, step_limits(device, options, config), shape)
 
@@ -283,8 +294,15 @@ def load_engine(
 ) -> Engine:
     """Read this rank's part of the model onto `device`; `progress` is told (bytes done, bytes in all) of its weights.
 
-    Raises as `prepare`. Ranks do it together: the smallest memory decides how many pages all have.
+    Raises as `prepare`, and `MemoryError`. Ranks do it together: the smallest memory decides how many pages all have.
     """
+    try:
+        return _load_engine(device, options, progress, group)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
+
+
+def _load_engine(device: Device, options: EngineOptions, progress: Progress | None, group: Group) -> Engine:
     assert options.num_shard == group.world_size
     shard = group.shard
     ready = prepare(device, options, shard)
@@ -301,14 +319,19 @@ def load_engine(
         model = build_model(
             config, shape, weights, device.ops, device=device.torch_device, max_positions=limits.max_kv_len, group=group
         )
-    return Engine(
+    build = partial(
+        Engine,
         device,
         model,
         config,
         shape=shape,
-        num_pages=group.minimum(num_pages(device, options, config, shape, limits)),
         limits=limits,
         eos_token_ids=find_eos(options.model_path, config),
         watermark=Watermark(config.vocab_size, options.watermark_gamma, options.watermark_delta),
         group=group,
     )
+
+    def largest_steps() -> None:
+        run_largest_steps(build(num_pages=1, capture=False), limits, samples=group.rank == 0)
+
+    return build(num_pages=group.minimum(num_pages(device, options, config, shape, limits, largest_steps)))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tgi_model_server.device import AttentionShape, HeadNorms, KVLayout, Norm
+from tgi_model_server.kv.pool import to_kept
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import AttentionPlan
 
@@ -82,9 +83,9 @@ class ReferenceOps:
         page, offset = plan.cache_slots // size, plan.cache_slots % size
         for new, pool in ((k, k_pool), (v, v_pool)):
             if plan.layout.order == "NHD":
-                pool[page, offset] = new.to(pool.dtype)
+                pool[page, offset] = to_kept(new, pool.dtype)
             else:
-                pool[page, :, offset] = new.to(pool.dtype)
+                pool[page, :, offset] = to_kept(new, pool.dtype)
 
     def attention(
         self,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from tgi_gateway.backend import EngineOptions
 from tgi_gateway.errors import SettingsError
-from tgi_model_server.device import AttentionShape, Device, StepLimits
+from tgi_model_server.device import AttentionShape, Device, MemoryFigures, StepLimits
 from tgi_model_server.kv.pool import page_bytes
 from tgi_model_server.models.config import ModelConfig
 from tgi_model_server.parallel import Shard
@@ -18,6 +18,14 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+KV_DTYPES: Mapping[str, torch.dtype] = {
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+_SPARE = 0.01
+"""Part of a device's memory that stays free where the largest steps were measured: for graphs, and for what the driver
+takes when it likes."""
 
 
 def step_limits(device: Device, options: EngineOptions, config: ModelConfig) -> StepLimits:
@@ -39,7 +47,6 @@ def refuse_unsupported(options: EngineOptions) -> None:
     """Raises `SettingsError` for an option that would otherwise be ignored."""
     for flag, value in (
         ("--quantize", options.quantize),
-        ("--kv-cache-dtype", options.kv_cache_dtype),
         ("--lora-adapters", options.lora_adapters),
         ("--speculate", options.speculate),
     ):
@@ -47,8 +54,13 @@ def refuse_unsupported(options: EngineOptions) -> None:
             raise SettingsError(f"{flag} is {value!r}; this engine does not support it yet. Leave it out.")
 
 
-def attention_shape(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> AttentionShape:
-    """A rank's part of the attention. Raises `SettingsError` where the model cannot be split among so many ranks."""
+def attention_shape(
+    config: ModelConfig, shard: Shard, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> AttentionShape:
+    """A rank's part of the attention; keys and values are kept in `dtype` unless `kv_dtype` says otherwise.
+
+    Raises `SettingsError` where the model cannot be split among so many ranks.
+    """
     if not _can_split(config, shard.world_size):
         allowed = [count for count in range(1, config.num_heads + 1) if _can_split(config, count)]
         raise SettingsError(
@@ -62,7 +74,7 @@ def attention_shape(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> At
         num_kv_heads=max(config.num_kv_heads // shard.world_size, 1),
         head_dim=config.head_dim,
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
     )
 
 
@@ -81,30 +93,67 @@ def compute_dtype(device: Device, options: EngineOptions, config: ModelConfig) -
     return DTYPES[options.dtype]
 
 
+def kept_dtype(device: Device, options: EngineOptions, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are kept in where the model computes in `dtype`. Raises `SettingsError`."""
+    name = options.kv_cache_dtype
+    if name is None or name == "auto":
+        return dtype
+    known = {each: KV_DTYPES[each] for each in KV_DTYPES if KV_DTYPES[each] in device.kv_dtypes}
+    if name not in known:
+        raise SettingsError(
+            f"--kv-cache-dtype is {name!r}; {device.name} can keep keys and values in {', '.join(('auto', *known))}."
+        )
+    return known[name]
+
+
 def num_pages(
-    device: Device, options: EngineOptions, config: ModelConfig, shape: AttentionShape, limits: StepLimits
+    device: Device,
+    options: EngineOptions,
+    config: ModelConfig,
+    shape: AttentionShape,
+    limits: StepLimits,
+    run_largest_steps: Callable[[], None] | None = None,
 ) -> int:
-    """Pages of the pool, page 0 included. Raises `SettingsError` where memory holds not even one full sequence."""
+    """Pages of the pool, page 0 included: what remains once weights and the largest steps have their memory.
+
+    `run_largest_steps` lets the device measure them. Raises `SettingsError` for options that memory cannot satisfy.
+    """
     layout = device.kv_layout(shape)
     each = page_bytes(config.num_layers, layout, shape)
+    measured = None if run_largest_steps is None else device.peak(run_largest_steps)
+    steps = _activation_bytes(config, shape, limits) if measured is None else measured
     memory = device.memory()
+    allowed = int(memory.total * options.memory_fraction)
+    usable = max(min(memory.free, allowed - memory.used) - steps, 0)
+    if measured is not None:
+        usable = max(usable - int(memory.total * _SPARE), 0)
     if options.max_batch_total_tokens is not None:
         pages = -(-options.max_batch_total_tokens // layout.page_size)
-        if pages * each > memory.total:
+        # What is free now is no limit where it is only a share of what could be.
+        if (pages + 1) * each > (memory.total if measured is None else usable):
             raise SettingsError(
                 f"max_batch_total_tokens is {options.max_batch_total_tokens}, which needs {pages * each >> 20} MiB for "
-                f"keys and values; {device.name} has {memory.total >> 20} MiB. Lower it."
+                f"keys and values; {_of(device, memory, usable, steps, options)}, enough for "
+                f"{max(usable // each - 1, 0) * layout.page_size} tokens. Lower it."
             )
         return pages + 1
-    usable = int(memory.free * options.memory_fraction) - _activation_bytes(config, shape, limits)
     per_sequence = -(-limits.max_kv_len // layout.page_size)
-    pages = min(usable // each, limits.max_rows * per_sequence)
-    if pages < per_sequence:
+    pages = min(usable // each - 1, limits.max_rows * per_sequence)
+    if pages < (1 if options.max_total_tokens is None else per_sequence):
+        needs = f"A sequence of max_total_tokens {limits.max_kv_len} needs {per_sequence * each >> 20} MiB"
         raise SettingsError(
-            f"A sequence of max_total_tokens {limits.max_kv_len} needs {per_sequence * each >> 20} MiB for keys and "
-            f"values; {max(usable, 0) >> 20} MiB of {device.name} memory can be used. Lower --max-total-tokens."
+            f"{needs} for keys and values; {_of(device, memory, usable, steps, options)}. Lower --max-total-tokens, "
+            "--max-batch-prefill-tokens or --max-batch-size."
         )
     return pages + 1
+
+
+def _of(device: Device, memory: MemoryFigures, usable: int, steps: int, options: EngineOptions) -> str:
+    share = "" if options.memory_fraction == 1.0 else f", {options.memory_fraction:g} of it allowed"
+    return (
+        f"of {memory.total >> 20} MiB of {device.name} memory{share}, {usable >> 20} MiB remain beside the weights and "
+        f"{steps >> 20} MiB for the largest step"
+    )
 
 
 def _activation_bytes(config: ModelConfig, shape: AttentionShape, limits: StepLimits) -> int:

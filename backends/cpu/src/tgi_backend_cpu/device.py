@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,6 +28,7 @@ class CpuDevice:
     name = "cpu"
     pipeline_depth = 1
     collective_backend = "gloo"
+    kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2)
     defaults = StepDefaults()
 
     def __init__(self, *, threads: int | None = None) -> None:
@@ -59,6 +60,10 @@ class CpuDevice:
         """A quarter of what is available: a CPU's memory belongs to everyone on the machine."""
         share = self._processes
         return MemoryFigures(total=machine.total_bytes() // share, free=machine.available_bytes() // 4 // share)
+
+    def peak(self, work: Callable[[], None]) -> int | None:  # noqa: ARG002
+        """The pool takes a part of what is free; the largest step would take minutes of a large model's start."""
+        return None
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Anonymous pages of the kernel, which are zero and take no memory before they are written."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tgi_backend_cpu.attention import PAGE_SIZE, CausalMasks, Chunk, CpuAttentionPlan, attend, block_tokens, padded_len
+from tgi_model_server.kv.pool import to_kept
 from tgi_model_server.reference import ReferenceOps
 from tgi_model_server.step import AttentionPlan
 
@@ -80,8 +81,8 @@ class CpuOps(ReferenceOps):
         self, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, plan: AttentionPlan
     ) -> None:
         assert isinstance(plan, CpuAttentionPlan)
-        k_pool.flatten(0, 1).index_copy_(0, plan.cache_slots, k)
-        v_pool.flatten(0, 1).index_copy_(0, plan.cache_slots, v)
+        for new, pool in ((k, k_pool), (v, v_pool)):
+            _bits(pool).flatten(0, 1).index_copy_(0, plan.cache_slots, _bits(to_kept(new, pool.dtype)))
 
     def attention(
         self,
@@ -101,7 +102,7 @@ class CpuOps(ReferenceOps):
         for group in arrangement.groups:
             mask, rows = group.mask, group.mask.shape[0]
             queries = q if group.tokens is None else q.index_select(0, group.tokens)
-            keys, values = self._gather_kv(k_pool, v_pool, group.pages, rows)
+            keys, values = self._gather_kv(k_pool, v_pool, group.pages, rows, q.dtype)
             attended = attend(queries.view(rows, *grouped), keys, values, mask, scale).reshape(rows, heads, head_dim)
             if group.tokens is None:
                 return attended
@@ -110,17 +111,17 @@ class CpuOps(ReferenceOps):
         out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
         for chunk in arrangement.chunks:
             new = slice(chunk.first_token, chunk.first_token + chunk.query_len)
-            keys, values = self._gather_kv(k_pool, v_pool, chunk.pages, 1)
+            keys, values = self._gather_kv(k_pool, v_pool, chunk.pages, 1, q.dtype)
             self._attend_chunk(q[new], keys, values, chunk, scale, sliding_window, out[new])
         return out
 
     def _gather_kv(
-        self, k_pool: torch.Tensor, v_pool: torch.Tensor, pages: torch.Tensor, rows: int
+        self, k_pool: torch.Tensor, v_pool: torch.Tensor, pages: torch.Tensor, rows: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Twice [num_pages, PAGE_SIZE, kv_heads, D] -> [rows, kv_heads, padded_len, D], the rows' pages in order."""
         size = (rows, pages.shape[0] // rows * PAGE_SIZE, *k_pool.shape[2:])
         keys, values = (
-            scratch.gather(pool, pages).view(size).transpose(1, 2)
+            scratch.gather(_bits(pool), pages).view(pool.dtype).view(size).transpose(1, 2).to(dtype)
             for scratch, pool in zip(self._scratch, (k_pool, v_pool), strict=True)
         )
         return keys, values
@@ -154,6 +155,11 @@ class CpuOps(ReferenceOps):
             )
             into = out[start : start + tokens].view(tokens, kv_heads, group, head_dim)
             into.copy_(attended.view(kv_heads, tokens, group, head_dim).transpose(0, 1))
+
+
+def _bits(pool: torch.Tensor) -> torch.Tensor:
+    """`pool` as what torch can index whatever it means: 8-bit floats as bytes."""
+    return pool.view(torch.uint8) if pool.dtype.itemsize == 1 else pool
 
 
 class _Angles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -58,7 +58,8 @@ class CudaDevice:
 
     def _choose(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(self.torch_device)
+        if index:  # the first is chosen already, and another rank must not take memory there
+            torch.cuda.set_device(self.torch_device)
         properties = torch.cuda.get_device_properties(index)
         if (properties.major, properties.minor) < OLDEST:
             raise StartError(
@@ -66,6 +67,9 @@ class CudaDevice:
                 f"{OLDEST[0]}.{OLDEST[1]} or newer."
             )
         self.name = properties.name
+        # float8_e4m3fn needs instructions that older chips lack; the other is the upper half of a float16.
+        newer = (properties.major, properties.minor) >= (8, 9)
+        self.kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2) if newer else (torch.float8_e5m2,)
         self._cores = properties.multi_processor_count
         self.tuning = _tuning((properties.major, properties.minor))
         self.ops = CudaOps(self.tuning, NativeOps(CudaLauncher(self.torch_device)))
@@ -88,7 +92,20 @@ class CudaDevice:
         """What torch keeps for itself but does not use is free, too."""
         free, total = torch.cuda.mem_get_info(self.torch_device)
         kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return MemoryFigures(total=total, free=min(free + kept, total))
+        used = torch.cuda.memory_allocated(self.torch_device)
+        return MemoryFigures(total=total, free=min(free + kept, total), used=used)
+
+    def peak(self, work: Callable[[], None]) -> int | None:
+        """As torch's allocator keeps it, gaps between tensors included. What the driver takes shows in `memory`."""
+        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        before = torch.cuda.memory_reserved(self.torch_device)
+        work()
+        torch.cuda.synchronize(self.torch_device)
+        needed = torch.cuda.max_memory_reserved(self.torch_device) - before
+        torch.cuda.empty_cache()
+        return needed
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)

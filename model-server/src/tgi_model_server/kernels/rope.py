@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tgi_model_server.device import HeadNorms
 from tgi_model_server.kernels.launch import power_of_two, warps_for
+from tgi_model_server.kv.pool import saturation
 
 _TILE = 1024
 
@@ -42,6 +43,14 @@ def _turned(
         value = value * scale * tl.load(weight + column, mask=known, other=0.0).to(tl.float32)[None, :]
         other = other * scale * tl.load(weight + partner, mask=known, other=0.0).to(tl.float32)[None, :]
     return value * cos[None, :] + other * sin[None, :]
+
+
+@triton.jit
+def _kept(value, pool, LIMIT: tl.constexpr):
+    """`value` as the pool keeps it: at most LIMIT in size, if that is not 0."""
+    if LIMIT:
+        value = tl.minimum(tl.maximum(value.to(tl.float32), -LIMIT), LIMIT)
+    return value.to(pool.dtype.element_ty)
 
 
 @triton.jit
@@ -77,6 +86,7 @@ def rope_kernel(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     STORE: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """Grid [T, ceil(Q_HEADS / HEADS) + ceil(KV_HEADS / HEADS)]: first the programs of q, then those of k and v.
 
@@ -111,9 +121,9 @@ def rope_kernel(
             slot = tl.load(slots + token).to(tl.int64)
             place = slot // PAGE * pool_page + slot % PAGE * pool_slot + head[:, None] * pool_head + column[None, :]
             # What the pool keeps is rounded as if k had been a tensor of the model's dtype first.
-            tl.store(k_pool + place, value.to(k.dtype.element_ty).to(k_pool.dtype.element_ty), mask=inside)
+            tl.store(k_pool + place, _kept(value.to(k.dtype.element_ty), k_pool, LIMIT), mask=inside)
             taken = tl.load(v + token * v_token + head[:, None] * v_head + column[None, :], mask=inside, other=0.0)
-            tl.store(v_pool + place, taken.to(v_pool.dtype.element_ty), mask=inside)
+            tl.store(v_pool + place, _kept(taken, v_pool, LIMIT), mask=inside)
         else:
             into = k_out + (token * KV_HEADS + head[:, None]) * HEAD_DIM + column[None, :]
             tl.store(into, value.to(k_out.dtype.element_ty), mask=inside)
@@ -138,10 +148,11 @@ def write_kv_kernel(
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """k, v [T, KV_HEADS, HEAD_DIM], views, to their `slots` (int32 [T]) of the pools; grid [T, ceil(KV_HEADS / HEADS)].
 
-    Converts to the pools' dtype.
+    Converts to the pools' dtype; what is larger than LIMIT becomes it, if that is not 0.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -150,9 +161,9 @@ def write_kv_kernel(
     slot = tl.load(slots + token).to(tl.int64)
     place = slot // PAGE * pool_page + slot % PAGE * pool_slot + head[:, None] * pool_head + column[None, :]
     key = tl.load(k + token * k_token + head[:, None] * k_head + column[None, :], mask=inside, other=0.0)
-    tl.store(k_pool + place, key.to(k_pool.dtype.element_ty), mask=inside)
+    tl.store(k_pool + place, _kept(key, k_pool, LIMIT), mask=inside)
     value = tl.load(v + token * v_token + head[:, None] * v_head + column[None, :], mask=inside, other=0.0)
-    tl.store(v_pool + place, value.to(v_pool.dtype.element_ty), mask=inside)
+    tl.store(v_pool + place, _kept(value, v_pool, LIMIT), mask=inside)
 
 
 def rope(
@@ -211,6 +222,7 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: tor
         PAGE=k_pool.shape[1],
         HEADS=heads,
         BLOCK=block,
+        LIMIT=saturation(k_pool.dtype),
         num_warps=warps_for(heads * block),
     )
 
@@ -269,5 +281,6 @@ def _launch(
         BLOCK=block,
         NORM=norms is not None,
         STORE=pools is not None,
+        LIMIT=0 if k_pool is None else saturation(k_pool.dtype),
         num_warps=warps_for(heads * block),
     )

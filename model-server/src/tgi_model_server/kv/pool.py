@@ -34,3 +34,14 @@ class PagePool:
 def page_bytes(num_layers: int, layout: KVLayout, shape: AttentionShape) -> int:
     """Bytes of one page, keys and values of all layers."""
     return 2 * num_layers * layout.page_size * shape.num_kv_heads * shape.head_dim * shape.kv_dtype.itemsize
+
+
+def saturation(kv_dtype: torch.dtype) -> int:
+    """The largest number that a pool of 8-bit floats keeps: larger ones become it, rather than NaN. 0 for others."""
+    return int(torch.finfo(kv_dtype).max) if kv_dtype.itemsize == 1 else 0
+
+
+def to_kept(values: torch.Tensor, kv_dtype: torch.dtype) -> torch.Tensor:
+    """`values` as a pool keeps them."""
+    limit = saturation(kv_dtype)
+    return values.clamp(-limit, limit).to(kv_dtype) if limit else values.to(kv_dtype)

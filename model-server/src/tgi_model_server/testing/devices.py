@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ class ReferenceDevice:
     name: str = "reference"
     pipeline_depth: int = 1
     collective_backend: str = "gloo"
+    kv_dtypes: Sequence[torch.dtype] = (torch.float8_e4m3fn, torch.float8_e5m2)
     defaults: StepDefaults = field(default_factory=StepDefaults)
 
     def __post_init__(self) -> None:
@@ -41,6 +42,10 @@ class ReferenceDevice:
 
     def memory(self) -> MemoryFigures:
         return MemoryFigures(self.memory_bytes, self.memory_bytes)
+
+    def peak(self, work: Callable[[], None]) -> int | None:
+        del work
+        return None
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
@@ -103,7 +108,30 @@ def _doubling(first: int, last: int) -> list[int]:
     return out
 
 
-class SmallerOnRank1(ReferenceDevice):
+@dataclass
+class MeasuredDevice(ReferenceDevice):
+    """Has the largest steps run, to see what they need, and finds that it is `step_bytes`."""
+
+    step_bytes: int = 1 << 20
+    measured: list[StepPlan] = field(default_factory=list)
+    """What ran then."""
+    measuring: bool = False
+
+    def peak(self, work: Callable[[], None]) -> int | None:
+        self.measuring = True
+        work()
+        self.measuring = False
+        return self.step_bytes
+
+    def plan_attention(
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> ReferencePlan:
+        if self.measuring:
+            self.measured.append(plan)
+        return super().plan_attention(plan, shape, layout, bucket)
+
+
+class SmallerOnRank1(MeasuredDevice):
     """Of several ranks, the second has a sixteenth of the memory."""
 
     def join(self, shard: Shard) -> None:

@@ -1,0 +1,64 @@
+"""The largest steps that an engine's limits allow, run once to see how much memory they need beside weights and pages.
+
+All their pages are page 0, which belongs to nobody, so that a pool of one page is enough for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tgi_gateway.types import Request, SamplingParams, StopRules
+from tgi_model_server.device import StepLimits
+from tgi_model_server.plan import StepPlan
+from tgi_model_server.runner import Runner
+
+_EVERYTHING = SamplingParams(
+    do_sample=True,
+    temperature=0.7,
+    top_k=50,
+    top_p=0.9,
+    min_p=0.01,
+    typical_p=0.9,
+    repetition_penalty=1.1,
+    frequency_penalty=0.1,
+    presence_penalty=0.1,
+)
+_TOP_TOKENS = 5
+
+
+def run_largest_steps(runner: Runner, limits: StepLimits, *, samples: bool) -> None:
+    """Steps of all rows and all tokens, every row with all that a request may ask for. `samples`: this rank does."""
+    slots = range(limits.max_rows)
+    if samples:
+        for slot in slots:
+            stop = StopRules(max_new_tokens=2)
+            runner.admit(slot, Request(slot, (0,), _EVERYTHING, stop, logprobs=True, top_n_tokens=_TOP_TOKENS), ())
+    for plan in largest_plans(limits, runner.page_size):
+        runner.run(plan).wait()
+    if samples:
+        for slot in slots:
+            runner.release(slot)
+
+
+def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
+    """One with as many new tokens as fit, the log-probabilities of its prompts too; one in which all rows decode."""
+    for tokens in (limits.max_tokens, limits.max_rows):
+        plan = StepPlan()
+        left = tokens
+        for row in range(limits.max_rows):
+            waiting = limits.max_rows - row - 1
+            new = min(limits.max_kv_len, left - waiting)
+            # One row is as long as any may become, which decides how wide the tables of pages are.
+            length = limits.max_kv_len if not waiting else new
+            left -= new
+            plan.slots.append(row)
+            plan.query_lens.append(new)
+            plan.kv_lens.append(length)
+            plan.pages.append([0] * -(-length // page_size))
+            plan.token_ids.extend([0] * new)
+            plan.sample_rows.append(row)
+            plan.allow_eos.append(True)
+            plan.output_lens.append(1)
+            if new > 1:
+                plan.prompt_targets[row] = [0] * (new - 1)
+        yield plan
