@@ -71,6 +71,13 @@ class Group:
         """The sum of all ranks' `x`, the same bits everywhere. `x` is contiguous and may be overwritten."""
         return x
 
+    def all_reduce_add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual`, of x's shape and the same on all ranks, plus the sum of all ranks' `x`; as `all_reduce` besides.
+
+        May overwrite both.
+        """
+        return residual.add_(self.all_reduce(x))
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, columns] of each rank -> [rows, world_size * columns], in order of rank."""
         return x
@@ -95,8 +102,11 @@ ALONE = Group()
 class TorchGroup(Group):
     """Through torch.distributed. A device may wrap it in what is faster there: see `Device.collectives`."""
 
-    def __init__(self, shard: Shard, backend: str, store: Store) -> None:
-        """Meets the other ranks at `store`. Raises `StartError` where this torch lacks the backend."""
+    def __init__(self, shard: Shard, backend: str, store: Store, device: torch.device | None = None) -> None:
+        """Meets the other ranks at `store`. Raises `StartError` where this torch lacks the backend.
+
+        With `device` what the backend needs there is made now, rather than in the middle of the first exchange.
+        """
         super().__init__(shard)
         if not dist.is_available() or not dist.is_backend_available(backend):
             raise StartError(f"several shards need torch.distributed with {backend}, which this torch lacks.")
@@ -110,6 +120,7 @@ class TorchGroup(Group):
             rank=shard.rank,
             world_size=shard.world_size,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            device_id=device,
         )
         # Through the host whatever the device: gloo notices at once when a rank is gone.
         self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOADING_TIMEOUT_S))

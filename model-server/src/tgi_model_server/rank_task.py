@@ -68,7 +68,8 @@ def device_of(name: str) -> Device:
 
 def connect(device: Device, shard: Shard, store: Store) -> Group:
     """Meet the other ranks; returns when all are there."""
-    return device.collectives(TorchGroup(shard, device.collective_backend, store))
+    own = None if device.torch_device.type == "cpu" else device.torch_device
+    return device.collectives(TorchGroup(shard, device.collective_backend, store, own))
 
 
 def open_store(port: int, world_size: int, listen_fd: int | None = None) -> Store:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tgi_backend_cuda.collectives import fast_group, set_environment
 from tgi_backend_cuda.graphs import Recorder, graph_sizes
 from tgi_backend_cuda.native.launch import CudaLauncher
 from tgi_backend_cuda.native.ops import NativeOps
@@ -79,10 +80,11 @@ class CudaDevice:
         found = torch.cuda.device_count()
         if shard.world_size > found:
             raise StartError(f"--num-shard is {shard.world_size}, but torch finds {found} GPUs. Lower it.")
+        set_environment()
         self._choose(shard.rank)
 
     def collectives(self, group: Group) -> Group:
-        return group
+        return fast_group(group, self.torch_device)
 
     def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:  # noqa: ARG002
         """The checkpoint's, where it is one of 16 bits; else bfloat16, which holds every float32's range."""

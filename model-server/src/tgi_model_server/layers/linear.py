@@ -39,4 +39,4 @@ class RowParallelLinear:
         """residual + linear(x); may overwrite `residual`."""
         if self._group.world_size == 1:
             return self._ops.linear_add(x, self._weight, self._bias, residual)
-        return self._group.all_reduce(self._ops.linear(x, self._weight, self._bias)).add_(residual)
+        return self._group.all_reduce_add(self._ops.linear(x, self._weight, self._bias), residual)
