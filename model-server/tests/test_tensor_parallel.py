@@ -34,6 +34,7 @@ from tgi_model_server.ranks import Followers
 from tgi_model_server.testing.client import Client
 from tgi_model_server.testing.devices import (
     BrokenOnRank1,
+    DeafOnRank0,
     HotOnRank1,
     ReferenceDevice,
     SmallerOnRank1,
@@ -188,6 +189,17 @@ async def test_a_rank_that_hangs_ends_the_engine(folder: Path, monkeypatch: pyte
         await client.run(greedy(2, prompts(1)[0], 8))
         assert isinstance(client.ends[2], Failed)
         assert "a step broke on one of the 2 ranks" in await client.unhealthy()
+
+
+async def test_a_device_that_waits_for_ever_in_an_exchange_is_told_to_stop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_model_server.ranks.STEP_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("tgi_model_server.ranks.STEP_POLL_S", 0.1)
+    async with serving(folder, DeafOnRank0) as client:
+        await client.run(greedy(1, prompts(1)[0], 200))
+        assert isinstance(client.ends[1], Failed)
+        assert "a step of 2 ranks took more than 1 s" in await client.unhealthy()
 
 
 async def test_the_smallest_memory_decides_how_many_pages_all_ranks_have(folder: Path) -> None:

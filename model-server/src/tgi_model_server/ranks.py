@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 STOP_S = 3.0
 """How long other ranks get to end by themselves."""
+STEP_TIMEOUT_S = COLLECTIVE_TIMEOUT_S + 15.0
+"""Longer than any step: ranks that wait for each other in a device's own exchange may do so for ever."""
+STEP_POLL_S = 1.0
 NEWS_S = 1.0
 """A broken exchange is noticed before the death that caused it; how long to wait for the latter."""
 
@@ -59,6 +62,8 @@ class Followers:
         self._ending = False
         self._failure: StartError | None = None
         self._failed = threading.Event()
+        self._over = threading.Event()
+        self._step_since_s: float | None = None
         self._broken = False
         """Some rank may never end by itself."""
         self._when_lost: Callable[[str], None] | None = None
@@ -66,6 +71,7 @@ class Followers:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._plans: list[int] = []
         try:
+            threading.Thread(target=self._watch_steps, name="steps-watch", daemon=True).start()
             for rank in range(1, self._world_size):
                 self._start(rank, name_of(device), options)
         except BaseException:
@@ -100,6 +106,15 @@ class Followers:
         """Every rank runs this next. Raises `OSError`."""
         write_plan(self._plans, plan, COLLECTIVE_TIMEOUT_S)
 
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around what waits for a step. One that takes too long is the end of the engine."""
+        self._step_since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._step_since_s = None
+
     def cause(self) -> StartError | None:
         """Why an exchange broke, if it was because a rank has ended. Blocks until that would be known."""
         if not self._failed.wait(NEWS_S):
@@ -114,6 +129,7 @@ class Followers:
         """They end after the steps that were sent."""
         with self._lock:
             self._ending = True
+        self._over.set()
         while self._plans:
             os.close(self._plans.pop())
 
@@ -188,17 +204,28 @@ class Followers:
         error = StartError(
             f"rank {follower.rank} of {self._world_size} {how}", exit_code=None if report is None else report.exit_code
         )
-        with self._lock:
-            if not self._ending and self._failure is None:
-                self._failure = error
-                call = self._when_lost
-                log.error("%s", error)
-            else:
-                call = None
+        self._fail(error)
         self._failed.set()
         follower.ready.set()
+
+    def _fail(self, error: StartError) -> None:
+        with self._lock:
+            if self._ending or self._failure is not None:
+                return
+            self._failure = error
+            call = self._when_lost
+        log.error("%s", error)
         if call is not None:
             call(str(error))
+
+    def _watch_steps(self) -> None:
+        while not self._over.wait(STEP_POLL_S):
+            since_s = self._step_since_s
+            if since_s is not None and time.monotonic() - since_s > STEP_TIMEOUT_S:
+                self._broken = True
+                self._fail(StartError(f"a step of {self._world_size} ranks took more than {STEP_TIMEOUT_S:.0f} s"))
+                self._failed.set()
+                return
 
 
 def _log_level() -> str:
@@ -240,7 +267,8 @@ class Leader:
     def run(self, plan: StepPlan) -> StepOutput:
         try:
             self._followers.send(plan)
-            return _LeaderOutput(self._engine.run(plan), self._followers)
+            with self._followers.in_step():
+                return _LeaderOutput(self._engine.run(plan), self._followers)
         except Exception as error:
             raise self._followers.lost() from error
 
@@ -254,7 +282,8 @@ class _LeaderOutput:
 
     def wait(self) -> StepResult:
         try:
-            result = self.output.wait()
+            with self.followers.in_step():
+                result = self.output.wait()
         except Exception as error:
             raise self.followers.lost() from error
         if self.followers.failure is not None:

@@ -185,7 +185,7 @@ class Exchange:
         self._abort_stream: Any = None
         if inbox.is_cuda:
             self._one = torch.ones(1, dtype=torch.int32).pin_memory()
-            self._abort_stream = torch.cuda.Stream(inbox.device)  # type: ignore[no-untyped-call]
+            self._abort_stream = torch.cuda.Stream(inbox.device)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether `x` can be exchanged here: small enough, in one piece, of whole words."""

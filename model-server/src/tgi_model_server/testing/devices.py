@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from tgi_model_server.device import AttentionShape, Bucket, Forward, KVLayout, MemoryFigures, StepDefaults, StepLimits
-from tgi_model_server.parallel import Group, Shard
+from tgi_model_server.parallel import Group, Shard, WrappedGroup
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, ReferencePlan, reference_plan
 from tgi_model_server.step import StepInput
@@ -165,3 +166,29 @@ class HotOnRank1(ReferenceDevice):
         if self.rank == 1 and max(plan.kv_lens) >= 64:
             raise RuntimeError("the chip is too hot")
         return super().plan_attention(plan, shape, layout, bucket)
+
+
+class _DeafGroup(WrappedGroup):
+    """After a thousand sums waits for ever, as a chip does for a rank that never comes, unless it is told to stop."""
+
+    def __init__(self, inner: Group) -> None:
+        super().__init__(inner)
+        self._sums = 0
+        self._told = threading.Event()
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self._sums += 1
+        if self._sums > 1000 and not self._told.wait(60):
+            raise AssertionError("nobody told")
+        return self._inner.all_reduce(x)
+
+    def abort(self) -> None:
+        self._told.set()
+        self._inner.abort()
+
+
+class DeafOnRank0(ReferenceDevice):
+    """Of several ranks, the first hangs in an exchange after a while."""
+
+    def collectives(self, group: Group) -> Group:
+        return _DeafGroup(group) if group.rank == 0 else group
