@@ -5,7 +5,8 @@
 
 All have the same file and as many threads. Bare loop and gateway are measured in turns, so that a change of the
 machine's mood meets both; the best of each counts. The other server runs by itself, at its best setting: it does not
-cut running streams off, and its threads never sleep. It needs `pip install "llama-cpp-python[server]"`, and is left out without.
+cut running streams off, and its threads never sleep. It needs `pip install "llama-cpp-python[server]"`, and is left
+out without.
 """
 
 from __future__ import annotations

@@ -101,6 +101,11 @@ def test_this_interface_version_and_the_one_before_are_accepted(site: Path, vers
     assert plugins.load("toy").api_version == version
 
 
+def test_a_plugin_that_names_no_version_is_one_of_the_first(site: Path) -> None:
+    install(site, "toy", GOOD.replace(", api_version={version}", "").format(name="toy"))
+    assert plugins.load("toy").api_version == 1
+
+
 @pytest.mark.parametrize(
     ("version", "mend"), [(API_VERSION + 1, "upgrade tgi-gateway"), (API_VERSION - 2, "upgrade toy-toy")]
 )

@@ -592,12 +592,13 @@ HELLO = pb.FromWorker(hello=pb.Hello(worker=3, api_version=API_VERSION))
     [
         ([], grpc.StatusCode.INVALID_ARGUMENT),
         ([pb.FromWorker(cancels=[1])], grpc.StatusCode.INVALID_ARGUMENT),
-        ([pb.FromWorker(hello=pb.Hello(worker=3, api_version=99))], grpc.StatusCode.FAILED_PRECONDITION),
+        ([pb.FromWorker(hello=pb.Hello(worker=3, api_version=API_VERSION + 2))], grpc.StatusCode.FAILED_PRECONDITION),
+        ([pb.FromWorker(hello=pb.Hello(worker=3, api_version=API_VERSION + 1))], grpc.StatusCode.OK),
         ([HELLO, pb.FromWorker(submits=[pb.Request(request_id=7)])], grpc.StatusCode.ABORTED),
         ([HELLO, pb.FromWorker(submits=[pb.Request(request_id=(3 << 48) + 7)] * 2)], grpc.StatusCode.ABORTED),
     ],
 )
-async def test_a_worker_that_breaks_the_rules_is_cut_off(
+async def test_a_worker_that_breaks_the_rules_is_cut_off_and_a_neighbouring_version_is_not(
     server: WireServer, socket_path: Path, messages: list[pb.FromWorker], status: grpc.StatusCode
 ) -> None:
     assert server.info == MODEL

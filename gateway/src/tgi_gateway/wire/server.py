@@ -171,11 +171,13 @@ class WireServer:
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must say hello")
             return
-        if first.hello.api_version != API_VERSION:
+        theirs = first.hello.api_version
+        if abs(theirs - API_VERSION) > 1:
+            older = "worker" if theirs < API_VERSION else "engine"
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"the worker speaks API version {first.hello.api_version}, this host {API_VERSION}; "
-                "install the same release of tgi-gateway for both",
+                f"the worker speaks API version {theirs}, this engine {API_VERSION}; neighbouring ones understand each "
+                f"other. Upgrade tgi-gateway in the environment of the {older}",
             )
             return
         worker = _Attached(first.hello.worker)
