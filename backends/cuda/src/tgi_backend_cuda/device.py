@@ -32,7 +32,7 @@ from tgi_model_server.step import StepInput
 
 PAGE_SIZE = 32
 _FEWEST_SHARING = 4
-"""Batches below are recorded without reading shared keys together."""
+"""Smaller batches never read shared keys together."""
 OLDEST = (8, 0)
 """Compute capability that has bfloat16 and asynchronous copies."""
 
@@ -73,7 +73,8 @@ class CudaDevice:
         self.kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2) if newer else (torch.float8_e5m2,)
         self._cores = properties.multi_processor_count
         self.tuning = _tuning((properties.major, properties.minor))
-        self.ops = CudaOps(self.tuning, NativeOps(CudaLauncher(self.torch_device)))
+        launcher = CudaLauncher(self.torch_device)
+        self.ops = CudaOps(self.tuning, NativeOps(launcher), launcher.prepare)
 
     def join(self, shard: Shard) -> None:
         """One GPU for each rank, in the order that torch lists them."""
@@ -133,6 +134,7 @@ class CudaDevice:
                 device=self.torch_device,
                 cores=self._cores,
                 tuning=self.tuning,
+                share=bucket.num_rows >= _FEWEST_SHARING,
             )
         return fixed.update(plan)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from tgi_backend_cuda.native.attention import DecodeRows, supports_attention
+from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.ops import NativeOps
 from tgi_backend_cuda.prefill import PlannedPrompts
-from tgi_model_server.device import Norm
+from tgi_model_server.device import AttentionShape, HeadNorms, Norm
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import TritonAttentionPlan
+from tgi_model_server.step import AttentionPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +35,24 @@ class CudaOps(TritonOps):
     library and overlap each other. Logits come in float32 straight from the product's accumulators.
     """
 
-    def __init__(self, tuning: Tuning, native: NativeOps | None = None) -> None:
+    def __init__(self, tuning: Tuning, native: NativeOps, prepare: Callable[[Iterable[Kernel]], None]) -> None:
+        """`prepare` begins to compile native kernels that will be wanted."""
         super().__init__(tuning)
         self._native = native
+        self._prepare = prepare
+        self._packed: set[tuple[int, torch.dtype]] = set()
+
+    def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
+        columns, dtype = weight.shape[1], weight.dtype
+        if (columns, dtype) not in self._packed:
+            self._packed.add((columns, dtype))
+            self._prepare(self._native.kernels(dtype, NATIVE_TOKENS, columns))
+        return weight
 
     def _suited(self, x: torch.Tensor, *, normed: bool) -> NativeOps | None:
         tokens, columns = x.shape
-        native = self._native
-        if (
-            native is None
-            or tokens not in NATIVE_TOKENS
-            or not native.supports(tokens, columns, x.dtype, normed=normed)
-        ):
-            return None
-        return native
+        suited = tokens in NATIVE_TOKENS and self._native.supports(tokens, columns, x.dtype, normed=normed)
+        return self._native if suited else None
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         native = self._suited(x, normed=False)
@@ -78,6 +86,47 @@ class CudaOps(TritonOps):
         if normed.dtype == torch.float32:
             return F.linear(normed, weight)
         return torch.mm(normed, weight.t(), out_dtype=torch.float32)
+
+    def rope_attention(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        plan: AttentionPlan,
+        shape: AttentionShape,
+        *,
+        norms: HeadNorms | None,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        assert isinstance(plan, TritonAttentionPlan)
+        tokens = qkv.shape[0]
+        # Where nothing is shared and all rows have one token, the tables have the step's order.
+        if (
+            tokens in NATIVE_TOKENS
+            and plan.decode_lens.shape[0] == tokens
+            and not plan.tiles.shape[0]
+            and plan.shared is None
+            and supports_attention(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype)
+        ):
+            rows = DecodeRows(plan.page_table, plan.kv_lens, plan.cache_slots)
+            return self._native.rope_attention(
+                qkv, cos, sin, k_pool, v_pool, rows, scale=scale, window=sliding_window, norms=norms
+            )
+        return super().rope_attention(
+            qkv,
+            cos,
+            sin,
+            k_pool,
+            v_pool,
+            plan,
+            shape,
+            norms=norms,
+            scale=scale,
+            sliding_window=sliding_window,
+        )
 
     def attend_prompts(
         self,

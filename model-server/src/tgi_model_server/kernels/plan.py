@@ -127,8 +127,12 @@ class FixedPlan:
         device: torch.device,
         cores: int,
         tuning: Tuning,
+        share: bool = True,
     ) -> None:
-        """A bucket of as many tokens as rows is for decoding only: it has no prefill tiles."""
+        """A bucket of as many tokens as rows is for decoding only: it has no prefill tiles. Without `share` no rows
+        read keys together, and the tables always have the step's order.
+        """
+        self._share = share
         self._layout = layout
         self._per_tile, self._per_shared = tile_tokens(shape, tuning), _shared_rows(shape, tuning)
         self._worth = tuning.shared_keys
@@ -166,13 +170,15 @@ class FixedPlan:
         allowed = sizes.table_pages * self._layout.page_size
         if max(plan.kv_lens) > allowed:
             raise ValueError(f"a row has {max(plan.kv_lens)} tokens; the buffers hold {allowed}.")
-        sharing = find_sharing(
-            plan,
-            self._layout.page_size,
-            worth=self._worth,
-            per_tile=self._per_shared,
-            most_tiles=sizes.shared_tiles,
-        )
+        sharing = Sharing()
+        if self._share:
+            sharing = find_sharing(
+                plan,
+                self._layout.page_size,
+                worth=self._worth,
+                per_tile=self._per_shared,
+                most_tiles=sizes.shared_tiles,
+            )
         order = sharing.order(range(sizes.rows))
         tiles = _list_tiles(plan, order, self._per_tile)
         assert len(tiles) <= sizes.tiles, "rows of one token have no tile, and others fill all but their last one"

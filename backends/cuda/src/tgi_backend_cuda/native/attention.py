@@ -10,6 +10,7 @@ import torch
 
 from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Argument, Launcher, pointer
+from tgi_model_server.device import HeadNorms
 
 _LOG2E = 1.4426950408889634
 _TILE = 16
@@ -25,15 +26,6 @@ class AttentionTuning:
     """Tiles of 16 keys that make another block worth its part in the reduction."""
     blocks: int = 2
     """Blocks for each multiprocessor that a step of long sequences is divided into, about."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeadNorms:
-    """RMS norm of single heads before the rotation, as in Qwen3; weights [head_dim]."""
-
-    q_weight: torch.Tensor
-    k_weight: torch.Tensor
-    eps: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 
 import torch
 
-from tgi_backend_cuda.native.attention import Attention, AttentionTuning, DecodeRows, DecodeShape, HeadNorms
+from tgi_backend_cuda.native.attention import Attention, AttentionTuning, DecodeRows, DecodeShape
 from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Launcher
 from tgi_backend_cuda.native.linear import MAX_TOKENS, Epilogue, Linear, LinearTunings, supports_linear
+from tgi_model_server.device import HeadNorms
 
 DEFAULT_TUNINGS = LinearTunings()
 DEFAULT_ATTENTION = AttentionTuning()
