@@ -146,6 +146,13 @@ async def test_tools_calls_and_results_reach_the_template(says: Callable[..., An
     assert (await worker.answer(CHAT, body(messages=messages)))["choices"][0]["message"]["content"] == "Warm."
 
 
+async def test_null_content_is_for_templates_that_ask_for_it(says: Callable[..., Any]) -> None:
+    messages = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]
+    for template, told in (("{{ messages[0].content }}", ""), ("{{ messages[0]['content'] is none }}", "True")):
+        worker: Worker = await says("", template)
+        assert (await worker.answer("/chat_tokenize", {"messages": messages}))["templated_text"] == told
+
+
 async def test_a_template_that_joins_texts_takes_arguments_too(says: Callable[..., Any]) -> None:
     joins = "{% set f = messages[0].tool_calls[0].function %}{{ 'x' + f.arguments + 'y' }}"
     worker: Worker = await says("", joins)

@@ -12,11 +12,12 @@ from starlette.responses import Response
 
 from tgi_gateway.api.answers import Part, Reader, Text
 from tgi_gateway.api.bodies import ChatBody
-from tgi_gateway.api.chat import Usage, answers_of, choices_of, prepare, totals_of, usage_from, usage_of
 from tgi_gateway.api.errors import Dialect
 from tgi_gateway.api.generation import Generation, Piece
+from tgi_gateway.api.prepared import answers_of, choices_of, prepare
 from tgi_gateway.api.serving import Call, Services, refuse_cancelled
 from tgi_gateway.api.sse import EventStream, named_event, unless_gone
+from tgi_gateway.api.usage import Usage, totals_of, usage_from, usage_of
 
 Event: TypeAlias = dict[str, Any]
 """The document of one event; its `type` is also the event's name."""

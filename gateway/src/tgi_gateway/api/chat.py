@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -14,39 +13,40 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tgi_gateway.api import bodies
-from tgi_gateway.api.answers import CallGrown, CallOpened, Part, Reader, Reading, Text, Thought
-from tgi_gateway.api.bodies import ChatBody, SamplingBody
+from tgi_gateway.api.answers import CallGrown, CallOpened, Part, Reader, Text, Thought
+from tgi_gateway.api.bodies import ChatBody
 from tgi_gateway.api.caller import new_id
 from tgi_gateway.api.conversation import prompt_of
-from tgi_gateway.api.errors import NATIVE, OPENAI, BatchTooLarge
+from tgi_gateway.api.errors import NATIVE, OPENAI
 from tgi_gateway.api.generation import Generation, Piece
-from tgi_gateway.api.grammars import constraint_of
 from tgi_gateway.api.logprobs import Logprobs, chat_logprobs
+from tgi_gateway.api.prepared import (
+    Prepared,
+    answered_model,
+    answers_of,
+    choices_of,
+    prepare,
+    refuse_unknown_wishes,
+    wants_logprobs,
+)
 from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import (
     FINGERPRINT,
-    Answer,
     Call,
     Services,
-    collect_all,
     interleave,
     quoted,
     refuse_cancelled,
 )
 from tgi_gateway.api.sse import DONE, EventStream, unless_gone
 from tgi_gateway.api.tgi import SimpleToken, simple_tokens
-from tgi_gateway.api.tool_choice import grammar_of, offer_of, reading_of
-from tgi_gateway.errors import Unsupported, ValidationError
-from tgi_gateway.prompt import validate
-from tgi_gateway.prompt.validate import Parameters, Valid
+from tgi_gateway.api.tool_choice import offer_of
+from tgi_gateway.api.usage import Totals, Usage, totals_of, usage_from, usage_of
+from tgi_gateway.prompt.validate import Valid
 from tgi_gateway.types import FinishReason
 
 OpenAIReason = Literal["stop", "length", "tool_calls"]
 REASONS: dict[FinishReason, OpenAIReason] = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
-MAX_CHOICES = 128
-"""Of one prompt, as at OpenAI."""
-ANY_MODEL = "tgi"
-"""The model's name in requests that do not care."""
 
 
 class FunctionCall(Struct):
@@ -74,22 +74,6 @@ class ChatChoice(Struct, kw_only=True):
     message: AssistantMessage
     logprobs: Logprobs | None
     finish_reason: OpenAIReason
-
-
-class PromptTokensDetails(Struct):
-    cached_tokens: int
-
-
-class CompletionTokensDetails(Struct):
-    reasoning_tokens: int
-
-
-class Usage(Struct, kw_only=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
-    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, kw_only=True):
@@ -149,73 +133,6 @@ class ChatTokenizeResponse(Struct, kw_only=True):
     templated_text: str
 
 
-def answered_model(services: Services, body: SamplingBody) -> str:
-    return body.model if body.model not in (None, "", ANY_MODEL) else services.info.model_id
-
-
-def choices_of(services: Services, body: SamplingBody, prompts: int = 1, each: int = 1) -> int:
-    """How many generations a call takes: `each` or `n` for each prompt. Raises `BatchTooLarge`, `ValidationError`."""
-    if prompts > services.limits.max_client_batch_size:
-        raise BatchTooLarge(services.limits.max_client_batch_size)
-    count = prompts * max(body.n or 1, each)
-    allowed = min(prompts * MAX_CHOICES, services.settings.max_concurrent_requests)
-    if count > allowed:
-        raise ValidationError(f"`n` and `prompt` ask for {count} generations at once; allowed are {allowed}")
-    return count
-
-
-def sampling_of(services: Services, body: SamplingBody, *, logprobs: bool, top_logprobs: int | None) -> Parameters:
-    """What the OpenAI routes have in common, with OpenAI's neutral values taken as such."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    greedy = body.temperature == 0.0
-    return Parameters(
-        temperature=None if greedy else body.temperature,
-        do_sample=not greedy,
-        # A draw from the most likely token alone would still be a draw; greedy ignores how to draw.
-        top_k=None if greedy or body.top_k in (0, -1) else body.top_k,
-        top_p=None if greedy or body.top_p == 1.0 else body.top_p,
-        min_p=None if greedy or body.min_p == 0.0 else body.min_p,
-        frequency_penalty=body.frequency_penalty,
-        presence_penalty=body.presence_penalty,
-        repetition_penalty=body.repetition_penalty,
-        logit_bias=body.logit_bias or {},
-        max_new_tokens=body.max_tokens,
-        min_new_tokens=body.min_tokens,
-        ignore_eos=bool(body.ignore_eos),
-        stop=[text for text in stop if text],
-        stop_token_ids=body.stop_token_ids or (),
-        seed=None if body.seed is None else body.seed % 2**64,
-        logprobs=logprobs,
-        top_n_tokens=top_logprobs,
-        truncate=body.truncate_prompt_tokens,
-        grammar=constraint_of(body),
-        adapter_id=body.model if body.model in services.adapters else None,
-        cache_salt=body.cache_salt or "",
-    )
-
-
-def wants_logprobs(body: ChatBody) -> bool:
-    return bool(body.top_logprobs) if body.logprobs is None else body.logprobs
-
-
-def parameters_of(services: Services, body: ChatBody) -> Parameters:
-    if body.max_tokens is None:
-        body.max_tokens = body.max_completion_tokens
-    logprobs = wants_logprobs(body)
-    return sampling_of(services, body, logprobs=logprobs, top_logprobs=body.top_logprobs if logprobs else None)
-
-
-def refuse_unknown_wishes(body: ChatBody) -> None:
-    """What cannot be honoured is refused, not ignored."""
-    if body.modalities and body.modalities != ["text"]:
-        raise Unsupported('`modalities` other than ["text"] are not supported')
-    if body.function_call not in (None, "none"):
-        raise Unsupported("`function_call` is not supported; use `tool_choice`")
-    for name in ("audio", "functions", "web_search_options", "chat_template"):
-        if getattr(body, name) is not None:
-            raise Unsupported(f"`{name}` is not supported")
-
-
 async def chat(services: Services, request: Request, raw: bytes) -> Response:
     return await answer(services, request, bodies.decode_known(raw, ChatBody))
 
@@ -249,51 +166,6 @@ async def answer(services: Services, request: Request, body: ChatBody) -> Respon
         usage=usage_of(answers, readers),
     )
     return Response(msgspec.json.encode(completion), headers=call.headers, media_type="application/json")
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A chat that is ready to be generated: the prompt, a request for each choice, and how answers are read."""
-
-    prompt: str
-    valids: list[Valid]
-    reading: Reading
-
-    def read(self, answer: Answer) -> Reader:
-        """A whole answer, taken apart."""
-        reader = Reader(self.reading)
-        if self.reading.plain:
-            reader.words.append(answer.generation.text)
-        else:
-            reader.read(answer.pieces)
-            reader.finish(answer.generation.rest)
-        return reader
-
-
-async def prepare(services: Services, body: ChatBody) -> Prepared:
-    """Raises what is wrong with `body`."""
-    refuse_unknown_wishes(body)
-    offer = offer_of(body)
-    parameters = parameters_of(services, body)
-    validate.check(parameters, services.openai_limits)
-    prompt = await prompt_of(services, body, offer)
-    reading = reading_of(services, body, offer, prompt)
-    parameters = replace(parameters, grammar=grammar_of(services, offer, reading, parameters.grammar))
-    valid = await validate.validate(
-        prompt,
-        parameters,
-        services.openai_limits,
-        services.tokenizer,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
-    return Prepared(prompt, validate.copies(valid, body.n or 1, seeds_follow=True), reading)
-
-
-async def answers_of(services: Services, body: ChatBody) -> tuple[Prepared, list[Answer]]:
-    with services.permits.hold(choices_of(services, body)):
-        prepared = await prepare(services, body)
-        visible = prepared.reading.visible
-        return prepared, await collect_all(services, prepared.valids, keep_stop=False, visible=visible)
 
 
 def _message(reader: Reader, body: ChatBody) -> AssistantMessage:
@@ -425,46 +297,6 @@ class _Choice:
                 )
             case CallGrown(index, text):
                 return f'"tool_calls":[{{"index":{index},"function":{{"arguments":{quoted(text)}}}}}]'
-
-
-def cached_tokens(generation: Generation) -> int | None:
-    """Prompt tokens from the prefix cache; None if the engine failed before it told them."""
-    return None if generation.finished is None else generation.finished.usage.cached_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Token counts of one choice."""
-
-    generated: int
-    cached: int | None
-    thinking: int = 0
-
-
-def totals_of(generation: Generation, reader: Reader | None = None) -> Totals:
-    thinking = 0 if reader is None else reader.thinking_tokens
-    return Totals(generation.generated_tokens, cached_tokens(generation), thinking)
-
-
-def usage_from(prompt_tokens: int, totals: Sequence[Totals]) -> Usage:
-    """Of one prompt and its choices."""
-    completion = sum(each.generated for each in totals)
-    thinking = sum(each.thinking for each in totals)
-    cached = [each.cached for each in totals if each.cached is not None]
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion,
-        total_tokens=prompt_tokens + completion,
-        prompt_tokens_details=PromptTokensDetails(min(cached)) if cached else UNSET,
-        completion_tokens_details=CompletionTokensDetails(thinking) if thinking else UNSET,
-    )
-
-
-def usage_of(answers: Sequence[Answer], readers: Sequence[Reader] = ()) -> Usage:
-    totals = [
-        totals_of(answer.generation, reader) for answer, reader in zip_longest(answers, readers) if answer is not None
-    ]
-    return usage_from(len(answers[0].valid.request.input_ids), totals)
 
 
 async def chat_tokenize(services: Services, request: Request, raw: bytes) -> Response:

@@ -15,19 +15,11 @@ from starlette.responses import Response
 from tgi_gateway.api import bodies
 from tgi_gateway.api.bodies import CompletionBody
 from tgi_gateway.api.caller import new_id
-from tgi_gateway.api.chat import (
-    REASONS,
-    OpenAIReason,
-    PromptTokensDetails,
-    Usage,
-    cached_tokens,
-    choices_of,
-    sampling_of,
-    usage_of,
-)
+from tgi_gateway.api.chat import REASONS, OpenAIReason
 from tgi_gateway.api.errors import OPENAI, SuffixUnsupported
 from tgi_gateway.api.generation import Generation, Piece
 from tgi_gateway.api.logprobs import CompletionLogprobs, completion_logprobs, joined, prompt_logprobs
+from tgi_gateway.api.prepared import choices_of, sampling_of
 from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import (
     FINGERPRINT,
@@ -40,6 +32,7 @@ from tgi_gateway.api.serving import (
     refuse_cancelled,
 )
 from tgi_gateway.api.sse import DONE, EventStream, unless_gone
+from tgi_gateway.api.usage import PromptTokensDetails, Usage, cached_tokens, usage_of
 from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -61,8 +63,6 @@ def template_message(message: Message) -> dict[str, Any]:
     if message.reasoning_content is not None:
         shown["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
-        # Templates tell a turn that is nothing but calls by its null content.
-        shown["content"] = shown["content"] or None
         shown["tool_calls"] = [_template_call(call) for call in message.tool_calls]
         if message.reasoning_content and not shown["content"]:
             shown["thinking"] = message.reasoning_content  # gpt-oss's name for it, beside calls
@@ -111,6 +111,12 @@ def template_arguments(template: ChatTemplate, body: ChatBody) -> dict[str, Any]
     return {name: value for name, value in (effort | given).items() if name in known}
 
 
+@lru_cache(maxsize=8)
+def _knows_null(source: str) -> bool:
+    """Whether a template tells a turn that is nothing but calls by its null content; others would write "None"."""
+    return re.search(r"content['\"]?\]?\s+is\s+(not\s+)?none", source) is not None
+
+
 def _told(
     template: ChatTemplate, messages: list[dict[str, Any]], offer: Offer, form: Form, instruction: str | None
 ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
@@ -134,6 +140,10 @@ async def prompt_of(services: Services, body: ChatBody, offer: Offer) -> str:
     if not body.messages:
         raise ValidationError("`messages` cannot be empty")
     messages = [template_message(message) for message in body.messages]
+    if _knows_null(template.source(with_tools=bool(offer.tools))):
+        for message in messages:
+            if "tool_calls" in message:
+                message["content"] = message["content"] or None
     told, shown = _told(template, messages, offer, services.family.form, body.tool_prompt)
     last, wanted = told[-1], body.continue_final_message
     if wanted and body.add_generation_prompt:

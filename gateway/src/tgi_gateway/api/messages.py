@@ -27,10 +27,10 @@ from tgi_gateway.api.bodies import (
     Tool,
     ToolCall,
 )
-from tgi_gateway.api.chat import answered_model, refuse_unknown_wishes
 from tgi_gateway.api.conversation import prompt_of
 from tgi_gateway.api.errors import Rejection
 from tgi_gateway.api.generation import Piece
+from tgi_gateway.api.prepared import answered_model, refuse_unknown_wishes
 from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import Services
 from tgi_gateway.api.sse import unless_gone

@@ -33,10 +33,10 @@ from tgi_gateway.api.bodies import (
     ToolCall,
 )
 from tgi_gateway.api.caller import new_id
-from tgi_gateway.api.chat import answered_model
 from tgi_gateway.api.errors import OPENAI, OpenAIDialect
 from tgi_gateway.api.generation import Piece
 from tgi_gateway.api.logprobs import TokenLogprob, chat_logprobs
+from tgi_gateway.api.prepared import answered_model
 from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import Services
 from tgi_gateway.errors import GatewayError, Unsupported, ValidationError

@@ -9,7 +9,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import bodies, chat, models, tgi
+from tgi_gateway.api import bodies, models, prepared, tgi
 from tgi_gateway.api.bodies import ChatBody, SagemakerBody, VertexBody, VertexGenerate
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.routes import Route
@@ -63,7 +63,7 @@ def _instance(raw: bytes, strict: bool) -> VertexGenerate | ChatBody:
 async def _answer(services: Services, instance: VertexGenerate | ChatBody) -> Answer:
     if isinstance(instance, VertexGenerate):
         return await tgi.best_answer(services, instance)
-    _, answers = await chat.answers_of(services, instance)
+    _, answers = await prepared.answers_of(services, instance)
     return answers[0]
 
 

@@ -12,7 +12,7 @@ from tgi_gateway.types import Request
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 HERMES = (
     "{% if tools %}<tools>{% for t in tools %}{{ t.function | tojson }}{% endfor %}</tools><tool_call>{% endif %}"
-    "{% for m in messages %}<{{ m.role }}{{ m.tool_call_id or '' }}>{{ m.content or '' }}"
+    "{% for m in messages %}<{{ m.role }}{{ m.tool_call_id or '' }}>{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<call {{ c.id }}>{{ c.function.name }}{{ c.function.arguments | tojson }}"
     "{% endfor %}{% endfor %}"
 )
