@@ -144,8 +144,9 @@ class Engine:
 
     def close(self) -> None:
         """Give the memory back and leave the group; nothing may be called afterwards."""
+        # Captured steps come first: they hold on to the exchanges that are recorded in them.
+        del self._captured, self._kv, self._model, self._sampler
         self._group.close()
-        del self._kv, self._model, self._sampler, self._captured
 
     def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the model, in the smallest captured form that fits."""
