@@ -379,6 +379,11 @@ def test_only_a_tokenizer_is_needed_without_weights(folder: Path) -> None:
 def test_random_weights_need_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert resolve("--model-id", str(folder), "--load-format", "dummy") == folder
+    (folder / "tokenizer.json").unlink()
+    assert resolve("--model-id", str(folder), "--load-format", "dummy") == folder
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer.json"):
+        resolve("--model-id", str(folder), "--load-format", "dummy")
 
 
 GGUF = {

@@ -262,3 +262,12 @@ def test_engine_options_are_the_settings_the_engine_needs() -> None:
     assert options.prefix_caching is False
     assert options.num_shard == 1
     assert parse("--rope-scaling", "dynamic").engine_options(Path("/m")).rope_factor == 1.0
+
+
+@pytest.mark.parametrize("variable", ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"])
+def test_sharded_alone_means_all_devices_that_are_visible(variable: str) -> None:
+    assert parse("--sharded", "true", environ={variable: "0,2,GPU-7"}).num_shard == 3
+    assert parse("--sharded", "true", "--num-shard", "2", environ={variable: "0,2,3"}).num_shard == 2
+    assert parse(environ={variable: "0,2"}).resolved().num_shard == 1
+    with pytest.raises(SettingsError, match=r"`sharded` is true, but 1 device is seen.*`--num-shard`"):
+        parse("--sharded", "true", environ={variable: "0"})

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from tgi_gateway.errors import ModelError
 from tgi_gateway.prompt import tokenizer as subject
+from tgi_gateway.prompt.stand_in import write_stand_in
 
 TEXT = "the quick brown fox jumps over the lazy dog, größer 日本語 \U0001f600"
 
@@ -211,3 +212,21 @@ def test_a_broken_companion_file_is_named(folder: Path, name: str, content: byte
 def test_a_missing_named_config_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="--tokenizer-config-path"):
         subject.Tokenizer.from_folder(folder, folder / "nowhere.json")
+
+
+def test_a_stand_in_has_a_token_for_each_byte_and_each_id_of_the_model(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {"vocab_size": 1000})
+    write_stand_in(tmp_path / "made", tmp_path)
+    made = subject.Tokenizer.from_folder(tmp_path / "made")
+    assert made.vocab_size == 1000
+    assert made.encode(TEXT).ids == list(TEXT.encode())
+    assert made.decode(made.encode(TEXT).ids) == TEXT
+    decoder = made.decoder()
+    assert "".join(decoder.push(token) for token in [104, 105, 999]) + decoder.flush() == "hi <999>"
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"vocab_size": 255}'])
+def test_a_stand_in_needs_a_vocabulary_that_holds_all_bytes(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=r"config.json"):
+        write_stand_in(tmp_path / "made", tmp_path)

@@ -54,6 +54,8 @@ def resolve(
         if choice is not None:
             chosen = gguf_choice.choose(str(folder), (path.name for path in folder.iterdir()), choice)
             return _file(folder / chosen[0], weights)
+    if settings.load_format == "dummy" and (folder / "config.json").is_file():
+        return folder.resolve()  # all that random weights need
     check_folder(folder, weights=weights)
     return folder.resolve()
 

@@ -243,7 +243,11 @@ class Settings:
     # Engine
     backend: str = _flag("cpu", ENGINE, TEXT, "The engine; `tgi-gateway backends` lists what is installed.")
     sharded: bool | None = _flag(
-        None, ENGINE, YES_NO, "Split the model over several devices.", shown_default="true if --num-shard is above 1"
+        None,
+        ENGINE,
+        YES_NO,
+        "Split the model over several devices: all visible ones, or --num-shard.",
+        shown_default="true if --num-shard is above 1",
     )
     num_shard: int | None = _flag(None, ENGINE, whole(0), "Devices to split the model over.", shown_default="1")
     speculate: int | None = _flag(
@@ -325,7 +329,9 @@ class Settings:
         _merge_alias(values, "graceful_termination_timeout", "shutdown_timeout", "TGI's name of it")
         _ignore_container_hostname(values, argv)
         _use_vertex_port(values)
-        settings = Settings(**values, extra=own, given=tuple(sorted(values)))  # type: ignore[arg-type]
+        given = tuple(sorted(values))
+        _count_shards(values, environ)
+        settings = Settings(**values, extra=own, given=given)  # type: ignore[arg-type]
         settings.check()
         return settings
 
@@ -360,7 +366,6 @@ class Settings:
             (self.validation_workers < 1, "`validation_workers` must be > 0"),
             (self.max_batch_size == 0, "`max_batch_size` must be > 0"),
             (bool(self.sharded) and shards is not None and shards <= 1, "`sharded` is true but `num_shard` <= 1"),
-            (bool(self.sharded) and shards is None, "`sharded` is true; say over how many devices with `--num-shard`"),
             (shards is not None and shards < 1, "`num_shard` cannot be < 1"),
             (
                 self.quantize == "exl2" and (shards or 1) > 1,
@@ -518,6 +523,30 @@ def _plugin_option(flag: Flag, backend: str) -> Option:
     }
     kind = one_of(*flag.choices) if flag.choices else kinds.get(flag.kind, TEXT)
     return Option(name, kind, flag.help, f"Of backend {backend}", flag.default)
+
+
+def _count_shards(values: dict[str, object], environ: Mapping[str, str]) -> None:
+    """``--sharded true`` alone means all devices that this process may see, as in TGI."""
+    if not values.get("sharded") or "num_shard" in values:
+        return
+    named = next(
+        (
+            environ[name]
+            for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+            if environ.get(name)
+        ),
+        "all",
+    )
+    if named in ("all", "void"):
+        count = len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+    else:
+        count = len([item for item in named.split(",") if item.strip()])
+    if count <= 1:
+        raise SettingsError(
+            f"Invalid argument: `sharded` is true, but {count or 'no'} device is seen; "
+            "say over how many with `--num-shard`"
+        )
+    values["num_shard"] = count
 
 
 def _refuse_ngrok(values: dict[str, object]) -> None:

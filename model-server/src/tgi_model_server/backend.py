@@ -55,7 +55,11 @@ class TorchBackend(SteppedBackend):
             limits = batch_limits(engine, info, options)
             undo.pop_all()
         self._engine, self._followers = engine, followers
-        folder, vocab_size, eos_token_ids = options.model_path, engine.vocab_size, engine.eos_token_ids
+        folder, vocab_size, eos_token_ids = (
+            options.tokenizer_path or options.model_path,
+            engine.vocab_size,
+            engine.eos_token_ids,
+        )
         return Loaded(
             runner=engine if followers is None else Leader(engine, followers),
             limits=limits,

@@ -146,6 +146,12 @@ class Supervisor:
             )
             await child.exit
             self._children.remove(child)
+        if self.settings.load_format == "dummy" and not (files.tokenizer / "tokenizer.json").is_file():
+            from tgi_gateway.prompt.stand_in import write_stand_in  # here: nobody else needs the text side
+
+            files = ModelFiles(files.model, folder.path / "tokenizer")
+            write_stand_in(files.tokenizer, files.model)
+            logger.warning("%s has no tokenizer.json: each byte of a text is a token", files.model)
         if self.settings.model_id is None:
             self.settings = replace(self.settings, model_id=hub.DEMO_MODEL_ID)
         return files
