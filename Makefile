@@ -15,7 +15,7 @@ PIP := .venv/bin/python -m pip
 MANIFESTS := $(CONSTRAINTS) pyproject.toml $(addsuffix /pyproject.toml,$(DEV_DISTRIBUTIONS) backends/llamacpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu lint format contract bench proto clean
+.PHONY: help serve test chaos test-gpu lint format contract bench proto clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,9 @@ lint: .venv/dev ## Check style, types and the arrows between the packages
 format: .venv/dev ## Format the code and mend what can be mended by a tool
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+chaos: .venv/dev ## Kill, freeze and overload servers for half an hour, and see that nothing is lost
+	CHAOS=20 .venv/bin/python -m pytest tests/chaos $(ARGS)
 
 contract: .venv/dev ## Run the contract against the CPU backend
 	.venv/bin/tgi-contract cpu

@@ -144,14 +144,14 @@ def test_without_restart_a_killed_engine_ends_the_server_with_an_error(byte_mode
 
 def test_an_engine_that_stands_still_counts_as_dead(byte_model: Path) -> None:
     with (
-        serving(byte_model, "--echo-step-ms", "50", "--engine-timeout", "2") as gateway,
+        serving(byte_model, "--echo-step-ms", "50", "--engine-timeout", "4") as gateway,
         ThreadPoolExecutor(1) as pool,
     ):
         (answer,) = begun(gateway, pool, 1, 4000)
         os.kill(gateway.children()["engine_process"], signal.SIGSTOP)
         last = answer.result(WAIT_S)[-1]
         assert last["error_type"] == "incomplete_generation_stream"
-        gateway.wait_for("engine made no progress for 2 s and was killed")
+        gateway.wait_for("engine made no progress for 4 s and was killed")
         gateway.wait_for("engine is back")
         until_answers(gateway, "/health/generate", 200)
 
@@ -163,13 +163,13 @@ def test_an_engine_that_makes_no_step_counts_as_dead(byte_model: Path, tmp_path:
         f'{{"scripts": [{{"prompt": [{hang}], "tokens": [{hang}], "then": "hang"}}, {{"tokens": [{fine}]}}]}}'
     )
     arguments = ("--backend", "scripted", "--model-id", str(byte_model), "--script", str(script))
-    with launched(*arguments, "--engine-timeout", "1.5") as gateway:
+    with launched(*arguments, "--engine-timeout", "3") as gateway:
         gateway.wait_for("Ready at")
         answer = httpx.post(
             f"{gateway.url}/generate", json={"inputs": "h", "parameters": {"max_new_tokens": 9}}, timeout=WAIT_S
         )
         assert answer.status_code == 500, answer.text
-        gateway.wait_for("engine made no progress for 1.5 s")
+        gateway.wait_for("engine made no progress for 3 s")
         gateway.wait_for("engine is back")
         until_answers(gateway, "/health/ready", 200)
         assert httpx.post(f"{gateway.url}/generate", json=BODY).json()["generated_text"] == "fff"

@@ -42,24 +42,31 @@ class Gateway:
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
-    def wait_for(self, text: str) -> None:
-        """Until the log has `text`."""
+    def wait_for(self, text: str, times: int = 1) -> None:
+        """Until the log has `text` so often."""
         deadline = time.monotonic() + WAIT_S
-        while text not in self.log:
+        while self.log.count(text) < times:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log}"
             assert time.monotonic() < deadline, f"no {text!r} in:\n{self.log}"
             time.sleep(0.02)
 
     def children(self) -> dict[str, int]:
-        """Pids by what runs: engine_process, http_process or model_process."""
-        found: dict[str, int] = {}
+        """Pids by what runs: engine_process, http_process or model_process; of several, one."""
+        return {kind: pid for pid, kind in self.pids().items()}
+
+    def kinds(self) -> list[str]:
+        return list(self.pids().values())
+
+    def pids(self) -> dict[int, str]:
+        """What runs, by pid."""
+        found: dict[int, str] = {}
         for pid in _children(self.process.pid):
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
                 # Between fork and exec a child still shows its parent's command line, which names no module of ours.
                 for module in (part for part in command if part.startswith("tgi_gateway.")):
-                    found[module.rsplit(".", 1)[1]] = pid
-        self.seen |= set(found.values())
+                    found[pid] = module.rsplit(".", 1)[1]
+        self.seen |= found.keys()
         return found
 
     def end(self) -> int:

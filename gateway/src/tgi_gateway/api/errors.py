@@ -218,8 +218,8 @@ def as_gateway_error(error: Exception) -> GatewayError:
     return INTERNAL
 
 
-def failure_label(error: GatewayError) -> str | None:
-    """The `err` label of `tgi_request_failure`; None: not counted."""
+def failure_label(error: GatewayError) -> str:
+    """The `err` label of `tgi_request_failure`. Whatever is counted ends as a success or under one of these."""
     match error:
         case Overloaded():
             return "overloaded"
@@ -231,4 +231,4 @@ def failure_label(error: GatewayError) -> str | None:
             return "incomplete"
         case Cancelled():
             return "dropped"
-    return "generation" if error.status in (424, 500) else None
+    return "generation" if error.status >= 500 or error.status == 424 else "validation"

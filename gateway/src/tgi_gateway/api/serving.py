@@ -296,9 +296,7 @@ class Call:
             log.info("Client hung up", extra=self._span())
             return
         known = error if isinstance(error, GatewayError) else INTERNAL  # whoever answers logs the traceback
-        label = failure_label(known)
-        if label is not None:
-            self.services.metrics.failure(label, caller.current().tenant)
+        self.services.metrics.failure(failure_label(known), caller.current().tenant)
         log.log(level_of(known), "%s", known, extra=self._span(error_type=known.error_type))
 
     def _span(self, **values: object) -> dict[str, Any]:
