@@ -25,7 +25,6 @@ struct Index { u32 x, y, z; };
 #define DEVICE static __attribute__((noinline))
 #define __global__
 #define __launch_bounds__(...)
-#define SHARED_MEMORY
 
 static Index threadIdx, blockIdx, gridDim;
 static u8 *shared;

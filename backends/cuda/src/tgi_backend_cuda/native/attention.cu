@@ -64,7 +64,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
               u16 *k_pool, u16 *v_pool, u64 pool_page, u64 pool_slot, u64 pool_head, const int *page_table,
               u32 table_columns, const int *kv_lens, const int *cache_slots, u16 *out, float *parts, float *part_sums,
               u32 *arrived, float scale, u32 window, u32 half) {
-    SHARED_MEMORY;
     // Shared memory: the ring [WARPS][STAGES][STAGE_BYTES], which later has each warp's sums; then
     u16 *const query = (u16 *)(shared + RING_BYTES);       // [GROUP][HEAD_DIM]
     u16 *const new_key = query + HEAD_WORDS;               // [HEAD_DIM]

@@ -143,7 +143,6 @@ DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_we
 extern "C" __global__ void __launch_bounds__(THREADS)
     linear(const u16 *x, const u16 *norm_weight, float eps, const u16 *weight, const u16 *bias, void *out, u32 columns,
            u32 rows) {
-    SHARED_MEMORY;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const u32 chunks = (columns + CHUNK - 1) / CHUNK, groups = (rows + GROUP - 1) / GROUP;
     u8 *const ring = shared + warp * (STAGES * STAGE_BYTES);

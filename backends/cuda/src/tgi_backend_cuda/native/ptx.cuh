@@ -7,7 +7,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define SHARED_MEMORY extern __shared__ __align__(1024) u8 shared[]
+extern __shared__ __align__(1024) u8 shared[];
 #define DEVICE static __device__ __forceinline__
 
 // Programmatic dependent launch (PTX ISA, griddepcontrol). Before it, a kernel reads nothing that the kernel before it
@@ -24,7 +24,13 @@ DEVICE void grid_launch_next() {
 #endif
 }
 
-DEVICE u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+// ptxas 13.0 gives an asynchronous copy whose shared address has a uniform part a broken descriptor ("illegal instruction"
+// when it runs). The bit that no lane's mask has keeps addresses in ordinary registers.
+DEVICE u32 shared_address(const void *at) {
+    u32 lanes_below;
+    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(lanes_below));
+    return ((u32)__cvta_generic_to_shared(shared) ^ lanes_below >> 31) + (u32)((const u8 *)at - shared);
+}
 
 #if EVICT_FIRST
 DEVICE u64 streaming_policy() {
