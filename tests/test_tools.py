@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from huggingface_hub import InferenceClient
 from openai.types.chat import ChatCompletionMessageFunctionToolCall
 from servers import Server
 
@@ -133,6 +134,18 @@ def test_a_schema_that_cannot_be_held_is_told(client: openai.OpenAI) -> None:
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "strin"}}}
     with pytest.raises(openai.APIStatusError, match=r"grammar is not valid: .*strin"):
         ask(client, tools=[bad], tool_choice="required")
+
+
+def test_inference_client_calls_a_tool(demo_server: Server) -> None:
+    client = InferenceClient(base_url=demo_server.url)
+    asked: Any = {"messages": [QUESTION], "tools": [WEATHER], "max_tokens": 200, "temperature": 0}
+    (call,) = client.chat_completion(**asked).choices[0].message.tool_calls or ()
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Rome"}
+    deltas = [chunk.choices[0].delta for chunk in client.chat_completion(**asked, stream=True)]
+    grown = [each.function for delta in deltas for each in delta.tool_calls or ()]
+    assert grown[0].name == "get_weather"
+    assert json.loads("".join(each.arguments for each in grown)) == {"city": "Rome"}
 
 
 def test_an_answer_in_json_or_a_call_of_a_tool(client: openai.OpenAI) -> None:

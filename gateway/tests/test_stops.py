@@ -104,3 +104,17 @@ def test_a_long_stop_string_held_back_piece_by_piece_is_released_whole() -> None
     assert not stopped
     assert "".join(shown) == "".join(pieces)
     assert all(not text for text in shown[:-2])
+
+
+@given(pieces_of_text, stop_lists, st.booleans())
+def test_the_match_is_the_longest_that_is_complete_first(pieces: list[str], stops: list[str], keep: bool) -> None:
+    found = matcher(stops, keep)
+    assert found is not None
+    text = ""
+    for piece in pieces:
+        text += piece
+        if found.push(piece)[1]:
+            break
+    ends = [end for end in range(1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    expected = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len) if ends else None
+    assert found.matched == expected
