@@ -17,6 +17,7 @@ import tokenizers
 from tgi_gateway.api.generation import TextDecoder
 from tgi_gateway.errors import ModelError
 from tgi_gateway.prompt.detokenizer import Table, build_table, make_decoder
+from tgi_gateway.prompt.pieces import Pieces
 
 INLINE_CHARACTERS = 400
 """Shorter texts are encoded in the event loop: about 0.1 ms, the price of a thread's round trip."""
@@ -61,6 +62,7 @@ class Tokenizer:
         inner.no_padding()
         _declare_special_tokens(inner, config)
         self._inner = inner
+        self._pieces = Pieces.of(inner)
         self._pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="tokenizer")
         self.config = config
         """tokenizer_config.json as it is."""
@@ -115,12 +117,19 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         try:
-            # Unlike encode(), the batch call releases the GIL, and "fast" leaves out the offsets.
-            ids = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            ids = self._ids(text, add_special_tokens)
         except TypeError:
             text = _without_lone_surrogates(text)
-            ids = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            ids = self._ids(text, add_special_tokens)
         return Encoding(ids, text, add_special_tokens, self._inner)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Raises TypeError for lone surrogates."""
+        if self._pieces is not None and self._pieces.worth(text):
+            return self._pieces.encode(text, add_special_tokens)
+        # Unlike encode(), the batch call releases the GIL, and "fast" leaves out the offsets.
+        ids: list[int] = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
 
     async def encode_async(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """`encode` in a thread, so that a long prompt does not hold up the streams of others."""
