@@ -71,6 +71,7 @@ async def live(_services: Services, _request: Request, _raw: bytes) -> Response:
 
 async def ready(services: Services, _request: Request, _raw: bytes) -> Response:
     """Raises `Unhealthy`."""
+    services.check_open()
     await services.backend.health()
     return _json(Live(True))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.responses import Response
 
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.routes import Listed, Route
@@ -21,6 +23,14 @@ _TGI_NAMES = {
     "CompletionBody": "CompletionRequest",
     "Completion": "CompletionFinal",
     "CompletionChunk": "Chunk",
+    "ChatChoice": "ChatCompletionComplete",
+    "ChatDelta": "ChatCompletionDelta",
+    "Logprobs": "ChatCompletionLogprobs",
+    "TokenLogprob": "ChatCompletionLogprob",
+    "TopLogprob": "ChatCompletionTopLogprob",
+    "CompletionChoice": "CompletionComplete",
+    "DetokenizeBody": "DetokenizeRequest",
+    "Model": "ModelInfo",
     "ModelList": "ModelsInfo",
     "SagemakerBody": "SagemakerRequest",
     "VertexBody": "VertexRequest",
@@ -86,9 +96,16 @@ def described(route: Route) -> dict[str, Any]:
     if route.generates:
         texts |= _UNGENERATED
     extra: dict[str, Any] = {"responses": {"200": {"description": "OK", "content": content}}}
+    variables = re.findall(r"\{(\w+)", route.path)
+    if variables:
+        extra["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            for name in variables
+        ]
     if route.body is not None:
         extra["requestBody"] = {"required": True, "content": _json(_reference(route.body))}
     return {
+        "response_class": Response,  # which promises no content of its own
         "operation_id": route.name,
         "summary": route.summary,
         "tags": [route.tag],
