@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import httpx
 import openai
@@ -84,6 +85,32 @@ def test_openai_reads_our_validation_error(server: Server) -> None:
     ):
         client.chat.completions.create(model="tgi", messages=[QUESTION], max_tokens=10_000_000)
     assert raised.value.response.json()["error_type"] == "validation"
+
+
+def test_openai_names_the_parameter_that_nobody_knows(server: Server) -> None:
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client,
+        pytest.raises(openai.BadRequestError) as raised,
+    ):
+        client.chat.completions.create(model="tgi", messages=[QUESTION], extra_body={"max_toknes": 3})
+    assert (raised.value.param, raised.value.code) == ("max_toknes", "unknown_parameter")
+    assert "did you mean `max_tokens`?" in raised.value.message
+    assert raised.value.request_id
+
+
+def test_openai_puts_a_stream_together_as_the_whole_answer(server: Server) -> None:
+    ask: Any = {"model": "tgi", "messages": [QUESTION], "max_tokens": 40, "temperature": 0, "logprobs": True}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused") as client:
+        whole = client.chat.completions.create(**ask)
+        with client.chat.completions.stream(**ask) as stream:
+            joined = stream.get_final_completion()
+    assert joined.choices[0].message.role == "assistant"
+    assert joined.choices[0].message.content == whole.choices[0].message.content
+    assert joined.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert whole.choices[0].logprobs is not None
+    told = whole.choices[0].logprobs.content or []
+    text = b"".join(bytes(token.bytes or []) for token in told)
+    assert (whole.choices[0].message.content or "") in text.decode()
 
 
 def test_inference_client_generates_with_details_and_streams(server: Server) -> None:
