@@ -17,7 +17,7 @@ from tgi_gateway.backend import EngineOptions
 from tgi_gateway.errors import ModelError, SettingsError
 from tgi_gateway.types import SamplingParams
 from tgi_model_server.buckets import choose_bucket, pad_plan
-from tgi_model_server.device import AttentionShape, Bucket, KVLayout
+from tgi_model_server.device import AttentionShape, Bucket, KVLayout, StepLimits
 from tgi_model_server.engine import Engine, load_engine
 from tgi_model_server.kv.pool import PagePool, page_bytes
 from tgi_model_server.plan import StepPlan
@@ -173,6 +173,20 @@ def test_pages_of_8_bits_hold_more_tokens(folder: Path, name: str, dtype: torch.
     assert engine.num_pages // plain.num_pages == 2 // dtype.itemsize
     tokens = HandBatch(engine).generate(make_request(1, prompt(1, 30)), 8, chunk=7)
     assert tokens == HandBatch(engine).generate(make_request(2, prompt(1, 30)), 8), "whatever the chunks"
+
+
+class Capturing(MeasuredDevice):
+    """Keeps the memory of captured steps apart."""
+
+    def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
+        return [Bucket(min(4, limits.max_rows), 4)]
+
+
+def test_what_captured_steps_keep_is_counted_besides(folder: Path) -> None:
+    device = Capturing(memory_bytes=4 << 20, step_bytes=1 << 20)
+    engine = load(folder, device, max_batch_size=32, max_batch_prefill_tokens=300)
+    assert [(len(plan.slots), plan.num_tokens) for plan in device.measured] == [(32, 332), (32, 32), (4, 4), (4, 4)]
+    assert engine.num_pages == (int((4 << 20) * 0.99) - (2 << 20)) // page_bytes(3, device.layout, engine._shape)
 
 
 def test_a_fraction_of_the_memory_is_counted_from_all_of_it(folder: Path) -> None:

@@ -332,7 +332,7 @@ def _load_engine(device: Device, options: EngineOptions, progress: Progress | No
         group=group,
     )
 
-    def largest_steps() -> None:
-        run_largest_steps(build(num_pages=1, capture=False), limits, samples=group.rank == 0)
+    def largest_steps(within: StepLimits, plain: bool) -> None:
+        run_largest_steps(build(num_pages=1, capture=False), within, samples=group.rank == 0, plain=plain)
 
     return build(num_pages=group.minimum(num_pages(device, options, config, shape, limits, largest_steps)))

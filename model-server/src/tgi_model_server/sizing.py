@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -112,15 +113,21 @@ def num_pages(
     config: ModelConfig,
     shape: AttentionShape,
     limits: StepLimits,
-    run_largest_steps: Callable[[], None] | None = None,
+    largest_steps: Callable[[StepLimits, bool], None],
 ) -> int:
     """Pages of the pool, page 0 included: what remains once weights and the largest steps have their memory.
 
-    `run_largest_steps` lets the device measure them. Raises `SettingsError` for options that memory cannot satisfy.
+    `largest_steps` runs those within some limits, for the device to measure them, plain ones if the second argument
+    says so. Raises `SettingsError` for options that memory cannot satisfy.
     """
     layout = device.kv_layout(shape)
     each = page_bytes(config.num_layers, layout, shape)
-    measured = None if run_largest_steps is None else device.peak(run_largest_steps)
+    measured = device.peak(lambda: largest_steps(limits, False))
+    if measured is not None and (buckets := device.buckets(limits)):
+        # Captured steps keep what they need to themselves; all of them share it.
+        rows = min(max(bucket.num_rows for bucket in buckets), limits.max_rows)
+        captured = replace(limits, max_rows=rows, max_tokens=max(bucket.num_tokens for bucket in buckets))
+        measured += device.peak(lambda: largest_steps(captured, True)) or 0
     steps = _activation_bytes(config, shape, limits) if measured is None else measured
     memory = device.memory()
     allowed = int(memory.total * options.memory_fraction)

@@ -26,13 +26,17 @@ _EVERYTHING = SamplingParams(
 _TOP_TOKENS = 5
 
 
-def run_largest_steps(runner: Runner, limits: StepLimits, *, samples: bool) -> None:
-    """Steps of all rows and all tokens, every row with all that a request may ask for. `samples`: this rank does."""
+def run_largest_steps(runner: Runner, limits: StepLimits, *, samples: bool, plain: bool = False) -> None:
+    """Steps of all rows and all tokens, every row with all that a request may ask for, or nothing if `plain`.
+
+    `samples`: this rank does.
+    """
     slots = range(limits.max_rows)
     if samples:
+        sampling, top = (SamplingParams(), 0) if plain else (_EVERYTHING, _TOP_TOKENS)
         for slot in slots:
-            stop = StopRules(max_new_tokens=2)
-            runner.admit(slot, Request(slot, (0,), _EVERYTHING, stop, logprobs=True, top_n_tokens=_TOP_TOKENS), ())
+            request = Request(slot, (0,), sampling, StopRules(2), logprobs=not plain, top_n_tokens=top)
+            runner.admit(slot, request, ())
     for plan in largest_plans(limits, runner.page_size):
         runner.run(plan).wait()
     if samples:
