@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from tgi_model_server.parallel import Shard
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -27,7 +30,7 @@ def test_ranks_that_exchange_through_shared_memory_all_get_the_same_right_number
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "exchange_rank.py"), str(file), str(rank), str(ranks), "60", str(seed)],
+            [sys.executable, str(HERE / "exchange_rank.py"), str(file), str(rank), str(ranks), "40", str(seed)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -44,3 +47,30 @@ def test_ranks_that_exchange_through_shared_memory_all_get_the_same_right_number
         assert process.returncode == 0, complaint[-3000:]
     assert len({told for told, _ in said}) == 1, "the same bits on all ranks"
     assert said[0][0].endswith("done\n")
+
+
+def test_exchanges_compile_to_loads_and_stores_that_pass_the_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from tgi_backend_cuda.exchange import Exchange
+    from tgi_model_server.kernels.ahead import build, launches
+    from tgi_model_server.kernels.launch import interpreted
+
+    assert not interpreted()
+
+    def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    exchange = Exchange(Shard(1, 2), empty(2, 2, 1 << 16, dtype=torch.int64), empty(2, dtype=torch.int64))
+    rows = empty(4, 4096, dtype=torch.bfloat16)
+    for call in (
+        lambda: exchange.sum(rows, rows),
+        lambda: exchange.gather(empty(1, 1000, dtype=torch.float32)),
+        lambda: exchange.broadcast(empty(4, dtype=torch.int32)),
+    ):
+        (launch,) = launches(call)
+        built = build(launch, "sm_90")
+        assert built.spilled_bytes == 0
+        assert "st.global.wt" in built.assembly
+        assert "ld.volatile.global" in built.assembly
