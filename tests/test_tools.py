@@ -139,7 +139,7 @@ def test_a_schema_that_cannot_be_held_is_told(client: openai.OpenAI) -> None:
 def test_inference_client_calls_a_tool(demo_server: Server) -> None:
     client = InferenceClient(base_url=demo_server.url)
     asked: Any = {"messages": [QUESTION], "tools": [WEATHER], "max_tokens": 200, "temperature": 0}
-    (call,) = client.chat_completion(**asked).choices[0].message.tool_calls or ()
+    (call,) = client.chat_completion(**asked).choices[0].message.tool_calls or []
     assert call.function.name == "get_weather"
     assert json.loads(call.function.arguments) == {"city": "Rome"}
     deltas = [chunk.choices[0].delta for chunk in client.chat_completion(**asked, stream=True)]

@@ -10,7 +10,7 @@ import pytest
 
 from tgi_gateway.testing.recorded import HERMES, PLAIN, Recorded
 from tgi_gateway.testing.worker import Worker
-from tgi_gateway.types import Request
+from tgi_gateway.types import Grammar, Request
 
 CHAT = "/v1/chat/completions"
 THINKING = "{{ reasoning_effort }}{% if enable_thinking is false %}!{% endif %}{{ '</think>' }}" + PLAIN
@@ -298,6 +298,19 @@ async def test_thoughts_stay_where_they_are_if_asked_or_left_out(says: Callable[
     assert message == {"role": "assistant", "content": "Yes."}
     plain: Worker = await says(text, THINKING, reasoning_parser="none")
     assert (await plain.answer(CHAT, body(tools=None)))["choices"][0]["message"]["content"] == text
+
+
+async def test_a_thought_may_come_before_what_a_grammar_holds(says: Callable[..., Any]) -> None:
+    worker: Worker = await says('Hm</think>{"a":1}', PLAIN + "<think>\n{# </think> #}", grammar=True)
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    for separate in (True, False):
+        await worker.answer(CHAT, body(tools=None, response_format=wanted, separate_reasoning=separate))
+        grammar = asked_of(worker)[-1].sampling.grammar
+        assert grammar is not None
+        assert grammar.source.startswith("start: before SPACE (%json ")
+        assert '"</think>"' in grammar.source
+    await worker.answer(CHAT, body(tools=None, guided_regex="a"))
+    assert asked_of(worker)[-1].sampling.grammar == Grammar("regex", "a")
 
 
 async def test_a_thought_that_the_template_opened_is_one(says: Callable[..., Any]) -> None:

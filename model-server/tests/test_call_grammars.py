@@ -73,6 +73,24 @@ def test_a_thought_may_come_before_required_calls(tokenizer: Tokenizer, follows:
     assert not follows(grammar, CALL)
 
 
+def test_json_may_be_the_answer_instead_of_calls(tokenizer: Tokenizer, follows: Follows) -> None:
+    wanted = '{"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}'
+    for tools in (TOOLS, ()):
+        grammar = call_grammar.required(
+            HERMES,
+            tools,
+            tokenizer.added_tokens,
+            parallel=True,
+            thinks=REASONING["think"],
+            opened=True,
+            otherwise=wanted,
+        )
+        assert follows(grammar, 'Hm.</think>{"x": 1}')
+        assert not follows(grammar, "Hm.</think>Hello")
+        assert not follows(grammar, '{"x": 1}')
+        assert follows(grammar, f"Hm.</think>\n{CALL}") is bool(tools)
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 def test_allowed_calls_leave_words_free_and_hold_what_follows_the_mark(
     tokenizer: Tokenizer, follows: Follows, parallel: bool

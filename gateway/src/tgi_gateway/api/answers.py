@@ -50,11 +50,11 @@ class Reading:
     """None: calls are not looked for."""
     tools: tuple[Tool, ...] = ()
     marks: Marks | None = None
-    """None: thoughts are not looked for, but by the family."""
+    """How the model writes thoughts, unless its family tells."""
     opened: bool = False
     """The prompt ends inside a thought."""
     thoughts: bool = True
-    """Whether thoughts are told apart; else they are words."""
+    """Whether thoughts are told apart; else they stay in the words."""
     parallel: bool = True
     """Whether an answer may hold several calls."""
     earlier_calls: int = 0
@@ -65,7 +65,7 @@ class Reading:
     @property
     def plain(self) -> bool:
         """Whether an answer is just its text."""
-        return self.family is None and self.marks is None
+        return self.family is None and (self.marks is None or not self.thoughts)
 
 
 class Reader:
@@ -78,8 +78,9 @@ class Reader:
         self.calls: list[Call] = []
         self.thinking_tokens = 0
         """Tokens up to the end of the thoughts."""
-        self._parser = None if reading.plain else parser(reading.family, reading.tools, reading.marks, reading.opened)
-        self._thinking = reading.opened
+        marks = reading.marks if reading.thoughts else None
+        self._parser = None if reading.plain else parser(reading.family, reading.tools, marks, reading.opened)
+        self._thinking = reading.opened and reading.thoughts
         self._dropping = False
         """The newest call is one too many."""
 

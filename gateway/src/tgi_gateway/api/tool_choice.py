@@ -97,8 +97,6 @@ def reading_of(services: Services, body: ChatBody, offer: Offer, prompt: str) ->
     """How the answers to `prompt` are taken apart."""
     family, marks = services.family, services.reasoning
     separate = body.separate_reasoning is not False
-    if not separate:
-        marks = None
     asked = family if offer.tools or (separate and family.thinks is not None) else None
     shown = set(family.marks) if asked is not None or family.thinks is not None else set()
     if marks is not None:
@@ -118,7 +116,7 @@ def reading_of(services: Services, body: ChatBody, offer: Offer, prompt: str) ->
 def grammar_of(services: Services, offer: Offer, reading: Reading, asked: Grammar | None) -> Grammar | None:
     """What holds the answer to the tools, to the client's own constraint, or to either. Raises `Unsupported`."""
     added = services.tokenizer.added_tokens
-    marks = reading.marks or (services.family.thinks if reading.family is not None else None)
+    marks = reading.marks or services.family.thinks
     if asked is not None:
         return _with_calls(services, offer, reading, asked, marks)
     if offer.must:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tgi_gateway.prompt.reasoning import Marks
@@ -36,11 +37,11 @@ def required(
     writer = _Writer(added)
     choices = [writer.calls(form, tools, parallel=parallel, lenient=False)] if tools else []
     if otherwise is not None:
-        choices.append(f"%json {_json(json.loads(otherwise), lenient=False)}")
+        choices.append(_row(writer.literal(form.words), "%json", _json(json.loads(otherwise), lenient=False)))
     start = f"({' | '.join(choices)})"
     if thinks is not None:
         begin = "" if opened else writer.literal(thinks.begin)
-        thought = f"{begin} {writer.until(thinks.end)} SPACE"
+        thought = _row(begin, writer.until(thinks.end), "SPACE")
         writer.rules.append("SPACE: /[ \\n]{0,4}/")
         start = f"{thought if opened else f'({thought})?'} {start}"
     return writer.grammar(start)
@@ -65,8 +66,7 @@ def allowed(
 class _Writer:
     def __init__(self, added: Mapping[str, int]) -> None:
         self._added = added
-        tokens = sorted((text for text in added if text), key=len, reverse=True)
-        self._tokens = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        self._tokens = _pattern(tuple(added))
         self.rules: list[str] = []
 
     def grammar(self, start: str) -> Grammar:
@@ -79,7 +79,7 @@ class _Writer:
         for found in self._tokens.finditer(text) if self._tokens is not None else ():
             parts += [_quoted(text[at : found.start()]), f"<[{self._added[found[0]]}]>"]
             at = found.end()
-        return " ".join(part for part in [*parts, _quoted(text[at:])] if part)
+        return _row(*parts, _quoted(text[at:]))
 
     def words(self, others: Sequence[int]) -> str:
         """Any text, also empty, and the added tokens `others`."""
@@ -117,7 +117,19 @@ class _Writer:
         if parallel and not form.alone and (form.before or not triggered):
             self.rules.append(f"call: {self.literal(opening)} ({names})")
             again = f"({self.literal(form.between)} call)*"
-        return f"{self.literal(first)} ({names}) {again} {self.literal(form.after)}"
+        return _row(self.literal(first), f"({names})", again, self.literal(form.after))
+
+
+@lru_cache(maxsize=8)
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Finds the tokens in a text, the longest first."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _row(*parts: str) -> str:
+    """One after the other, leaving out what is empty."""
+    return " ".join(part for part in parts if part)
 
 
 def _quoted(text: str) -> str:

@@ -45,6 +45,8 @@ class Form:
     """The mark that tells a call from words in the middle of an answer; empty: there is none that always comes."""
     alone: bool = False
     """An answer has one call only."""
+    words: str = ""
+    """What comes before an answer in words."""
 
 
 def _call_id(_name: str, _place: int) -> str:
@@ -102,7 +104,11 @@ _COMMAND_R_MARKS = (
 FAMILIES: Mapping[str, Family] = {
     "harmony": Family(
         calls.harmony,
-        Form("<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>ARGUMENTS", alone=True),
+        Form(
+            "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>ARGUMENTS",
+            alone=True,
+            words="<|channel|>final<|message|>",
+        ),
         _HARMONY_MARKS,
         thinks=Marks("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
     ),
