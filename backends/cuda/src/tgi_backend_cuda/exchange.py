@@ -232,8 +232,8 @@ class Exchange:
         if self._abort_stream is None:
             self._stop.fill_(1)
             return
-        # Beside the stream in which the device waits.
-        with torch.cuda.stream(self._abort_stream):
+        # Beside the stream in which the device waits. The tensor was made in inference mode, as all of the engine is.
+        with torch.inference_mode(), torch.cuda.stream(self._abort_stream):
             self._stop.copy_(self._one, non_blocking=True)
 
     def _gather(self, words: torch.Tensor, out: torch.Tensor, width: int, *, first: bool) -> None:
