@@ -43,6 +43,8 @@ def _run(argv: list[str]) -> int:
             return _doctor(rest)
         case ["download", *rest]:
             return _download(rest)
+        case ["top", *rest]:
+            return _top(rest)
         case ["convert", *rest]:
             from tgi_gateway.convert import run
 
@@ -148,6 +150,35 @@ def _download(argv: list[str]) -> int:
     else:
         weights = ("gguf",) if split_model_id(settings.model_id or "")[1] else hub.SAFETENSORS
     print(resolve_shown(settings, weights))
+    return 0
+
+
+def _top(argv: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="tgi-gateway top",
+        description="Show what a running server does, from its /metrics.",
+        epilog="The variable API_KEY is sent as the server's key.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:3000", help="The server. [default: %(default)s]")
+    parser.add_argument("--every", type=float, default=2.0, help="Seconds between two looks. [default: %(default)s]")
+    parser.add_argument("--once", action="store_true", help="Look once and end.")
+    from tgi_gateway.errors import SettingsError
+
+    if any(argument in HELP for argument in argv):
+        parser.print_help()
+        return 0
+    try:
+        told, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise SettingsError(f"Invalid argument: {error}") from None
+    if unknown:
+        raise SettingsError(f"`tgi-gateway top` knows --url, --every and --once, not {' '.join(unknown)}")
+    from tgi_gateway.telemetry import top
+
+    top.run(told.url, os.environ.get("API_KEY"), every_s=max(told.every, 0.05), once=told.once)
     return 0
 
 

@@ -138,7 +138,8 @@ def parser_of(
     """An argparse parser whose results are raw text; `groups` maps a group's title to what is said under it."""
     parser = _Parser(
         prog=prog,
-        usage="%(prog)s [serve] [FLAGS] | backends | doctor NAME | download MODEL | convert MODEL FILE | --version",
+        usage="%(prog)s [serve] [FLAGS] | top | backends | doctor NAME | download MODEL | convert MODEL FILE\n"
+        "       %(prog)s --version",
         description=description,
         epilog=epilog,
         formatter_class=_Formatter,

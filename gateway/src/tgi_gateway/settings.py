@@ -55,7 +55,7 @@ MODEL, SERVER, LIMITS, BATCH, ENGINE, LOGS, NO_EFFECT = (
     "Limits of one request",
     "Batching and memory",
     "Engine",
-    "Logs",
+    "Logs and traces",
     "Accepted, without effect",
 )
 _GROUPS = {
@@ -262,6 +262,11 @@ class Settings:
     # Logs
     json_output: bool = _flag(False, LOGS, SWITCH, "Log one JSON object per line.")
     log_level: str = _flag("info", LOGS, TEXT, "trace, debug, info, warn or error.", typed=False)
+    otlp_endpoint: str | None = _flag(
+        None, LOGS, TEXT, "Send traces there, over OTLP and gRPC, e.g. http://localhost:4317; needs tgi-gateway[otel].",
+        shown_default="no traces",
+    )  # fmt: skip
+    otlp_service_name: str = _flag("text-generation-inference.router", LOGS, TEXT, "Name of this server in its traces.")
     env: bool = _flag(False, LOGS, SWITCH, "Log versions and hardware at start.", short="-e", from_environ=False)
 
     # Accepted, without effect: the help text is the reason, also of the warning.
@@ -274,10 +279,6 @@ class Settings:
     prometheus_port: int = _flag(9000, NO_EFFECT, whole(0, 65535), "Metrics are served at /metrics of --port.")
     usage_stats: str = _flag(
         "off", NO_EFFECT, one_of("on", "no-stack", "off"), "This server never sends anything about its use anywhere."
-    )
-    otlp_endpoint: str | None = _flag(None, NO_EFFECT, TEXT, "This version exports no traces.")
-    otlp_service_name: str = _flag(
-        "text-generation-inference.router", NO_EFFECT, TEXT, "This version exports no traces."
     )
     max_image_fetch_size: int = _flag(1_073_741_824, NO_EFFECT, whole(0), "This version takes no images.")
     disable_custom_kernels: bool = _flag(False, NO_EFFECT, SWITCH, "There are no model-specific kernels to disable.")

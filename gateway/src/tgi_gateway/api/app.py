@@ -103,7 +103,7 @@ def create_app(services: Services) -> FastAPI:
     if keys is not None:
         dialects = {route.path: route.dialect for route in routes}
         app.add_middleware(ApiKey, keys=keys, public_routes=settings.open_routes, dialects=dialects)
-    app.add_middleware(caller.Identify, timeout_s=settings.request_timeout)
+    app.add_middleware(caller.Identify, timeout_s=settings.request_timeout, tracing=services.tracing)
     # Added last, so it is outermost: a browser must be able to read a 401, and its preflight carries no key.
     app.add_middleware(
         CORSMiddleware,

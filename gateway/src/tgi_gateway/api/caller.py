@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tgi_gateway.telemetry.tracing import RequestSpan, Tracing
+
 HEADER = "x-request-id"
 TIMEOUT_HEADER = "x-request-timeout"
 """Seconds in which the client wants its whole answer; it can only shorten what the operator allows."""
@@ -34,6 +36,12 @@ class Caller:
     """When it must have its whole answer, in the event loop's time."""
     priority: int = 0
     """As `types.Request.priority`."""
+    span: RequestSpan | None = None
+    """Its trace, where there are any."""
+
+    @property
+    def traceparent(self) -> str:
+        return self.span.traceparent if self.span is not None else ""
 
 
 _current: ContextVar[Caller] = ContextVar("caller")
@@ -57,9 +65,10 @@ def names_of(given: str) -> list[str]:
 class Identify:
     """Gives every request its `Caller`, and every response the request's id."""
 
-    def __init__(self, app: ASGIApp, timeout_s: float | None = None) -> None:
+    def __init__(self, app: ASGIApp, timeout_s: float | None = None, tracing: Tracing | None = None) -> None:
         self._app = app
         self._timeout_s = timeout_s
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,8 +82,15 @@ class Identify:
         if timeouts_s:
             caller.deadline = asyncio.get_running_loop().time() + min(timeouts_s)
 
+        if self._tracing is not None and scope["method"] == "POST":
+            facts = {"http.request.method": "POST", "url.path": scope["path"], "request_id": caller.request_id}
+            caller.span = self._tracing.begin(f"POST {scope['path']}", headers.get("traceparent", ""), facts)
+        status = 0
+
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)[HEADER] = caller.request_id
             await send(message)
 
@@ -83,6 +99,8 @@ class Identify:
             await self._app(scope, receive, send_with_id)
         finally:
             _current.reset(token)
+            if caller.span is not None:
+                caller.span.end(status)
 
 
 def _number(text: str | None) -> float | None:

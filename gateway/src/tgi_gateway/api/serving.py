@@ -30,6 +30,7 @@ from tgi_gateway.prompt.validate import Limits, Valid
 from tgi_gateway.settings import Settings
 from tgi_gateway.telemetry import logs
 from tgi_gateway.telemetry.metrics import RequestMetrics
+from tgi_gateway.telemetry.tracing import Tracing
 
 log = logging.getLogger("tgi_gateway.request")
 
@@ -83,6 +84,7 @@ class Services:
     reachable: Callable[[], bool] = lambda: True
     """Whether the engine is there, be it well or not."""
     doors: Doors = field(default_factory=Doors)
+    tracing: Tracing | None = None
     limits: Limits = field(init=False)
     openai_limits: Limits = field(init=False)
     """Of OpenAI's routes, whose clients may ask for more alternatives than TGI's, unless the operator says how many."""
@@ -138,6 +140,7 @@ class Services:
             name=calling.request_id,
             tenant=calling.tenant,
             priority=max(valid.request.priority, calling.priority),
+            traceparent=calling.traceparent,
         )
         matcher = stops.matcher(request.stop.stop_strings, keep_stop)
         decoder = self.tokenizer.decoder(request.input_ids)
@@ -271,6 +274,19 @@ class Call:
         """Account for a finished generation, in metrics and log."""
         times = Times.of(generation, self.arrived_at)
         self.services.metrics.success(generation, self.arrived_at)
+        span = caller.current().span
+        if span is not None and self.services.tracing is not None:
+            self.services.tracing.add("validate", span.traceparent, self.arrived_at, generation.started_at)
+            span.set(
+                total_time=duration(times.total),
+                validation_time=duration(times.validation),
+                queue_time=duration(times.queue),
+                inference_time=duration(times.inference),
+                time_per_token=duration(times.per_token),
+                seed=str(seed),
+                input_tokens=len(generation.request.input_ids),
+                generated_tokens=generation.generated_tokens,
+            )
         if log.isEnabledFor(logging.INFO):
             told = logs.span(
                 self.route,
@@ -291,11 +307,16 @@ class Call:
 
     def failed(self, error: Exception) -> None:
         """Account for a request that ended without its answer."""
+        span = caller.current().span
         if isinstance(error, ClientGone):
+            if span is not None:
+                span.fail("dropped", "The client hung up")
             self.services.metrics.failure("dropped", caller.current().tenant)
             log.info("Client hung up", extra=self._span())
             return
         known = error if isinstance(error, GatewayError) else INTERNAL  # whoever answers logs the traceback
+        if span is not None:
+            span.fail(known.error_type, str(known))
         self.services.metrics.failure(failure_label(known), caller.current().tenant)
         log.log(level_of(known), "%s", known, extra=self._span(error_type=known.error_type))
 

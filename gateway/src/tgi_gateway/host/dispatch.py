@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -74,6 +75,10 @@ class StepReport:
     """What it took to hand them on."""
 
 
+Trace = Callable[[Ticket, float], None]
+"""Called with a request that has ended, and when (time.perf_counter())."""
+
+
 class HostObserver(Protocol):
     """Whoever counts. Called from any thread, but never from two at once; must return at once and not raise."""
 
@@ -123,6 +128,7 @@ class Dispatch:
         self._max_queued_tokens = max_queued_tokens
         self._observer = observer
         self._observer_lock = threading.Lock()
+        self._trace: Trace = lambda _ticket, _ended: None
         self._probe_timeout_s = probe_timeout_s
         self._stall_s = stall_s
         self._fresh_s = fresh_s
@@ -170,6 +176,10 @@ class Dispatch:
         """Tell `observer` from now on: for one that needs what `start` has found out."""
         self._observer = observer
 
+    def trace(self, trace: Trace) -> None:
+        """Tell `trace` from now on of every request that has ended, from any thread. It must return at once."""
+        self._trace = trace
+
     def capacity(self) -> Capacity:
         return self._backend.capacity()
 
@@ -205,6 +215,7 @@ class Dispatch:
             ticket = self._queue.cancel(request_id)
             if ticket is not None:
                 self._close(ticket)
+                self._trace(ticket, time.perf_counter())
             running = self._running.get(request_id)
             if running is not None:
                 running.cancelled = True
@@ -402,6 +413,7 @@ class Dispatch:
             self._batch_tokens -= len(ticket.request.input_ids) + ticket.generated_tokens
             self._batch_max_tokens -= _final_tokens(ticket.request)
             self._close(ticket)
+            self._trace(ticket, time.perf_counter())
             self._note_if_empty()
         return ticket
 
@@ -427,6 +439,7 @@ class Dispatch:
                     continue
                 if ticket.generated_tokens == 0:
                     prefills += 1
+                    ticket.first_token_at = now
                     self._unseen_kv_tokens -= needed_kv_tokens(ticket.request)
                 ticket.generated_tokens += 1
                 if len(self._open) > 1:

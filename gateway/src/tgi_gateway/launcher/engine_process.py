@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from tgi_gateway import plugins
 from tgi_gateway.backend import Backend, ReportsLoss
 from tgi_gateway.errors import PluginError
 from tgi_gateway.host.dispatch import Dispatch
+from tgi_gateway.host.queue import Ticket
 from tgi_gateway.launcher import child
 from tgi_gateway.telemetry import logs
 from tgi_gateway.telemetry.metrics import HostMetrics, Metrics
+from tgi_gateway.telemetry.tracing import Attribute, Tracing
 from tgi_gateway.wire.server import serve
 
 logger = logging.getLogger("tgi_gateway.launcher.engine")  # not __name__, which is __main__ here
@@ -49,6 +52,9 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
             restarted=assignment.restarts > 0,
         )
     )
+    tracing = Tracing.of(settings, assignment.process)
+    if tracing is not None:
+        dispatch.trace(partial(_trace, tracing))
     logger.info("Engine ready", extra=logs.fields(**asdict(server.info)))
     told_to_stop = child.stop_signal()
     reporter.ready()
@@ -57,10 +63,26 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
     beats.cancel()
     if why is None:
         await server.stop(settings.shutdown_timeout)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.flush)
         return 0
     logger.error("The engine is lost: %s", why)
     await server.stop(0.0)
     return 1
+
+
+def _trace(tracing: Tracing, ticket: Ticket, ended: float) -> None:
+    """The spans of a request that has ended in the host."""
+    request = ticket.request
+    if not request.traceparent:
+        return
+    facts: dict[str, Attribute] = {"request_id": request.name, "input_tokens": len(request.input_ids)}
+    entered, first = ticket.entered_at or ended, ticket.first_token_at
+    tracing.add("queue", request.traceparent, ticket.arrived_at, entered, facts)
+    if ticket.entered_at:
+        tracing.add("prefill", request.traceparent, entered, first or ended, facts)
+    if first:
+        tracing.add("decode", request.traceparent, first, ended, {"generated_tokens": ticket.generated_tokens})
 
 
 async def _loss(backend: Backend, told_to_stop: asyncio.Event) -> str | None:

@@ -24,6 +24,7 @@ from tgi_gateway.launcher import child
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.telemetry.metrics import Metrics, RequestMetrics
+from tgi_gateway.telemetry.tracing import Tracing
 from tgi_gateway.wire.client import RemoteBackend
 
 LAST_WORDS_S = 2.0
@@ -106,6 +107,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
             restarted=assignment.restarts > 0,
         ),
         reachable=lambda: backend.attached,
+        tracing=Tracing.of(settings, assignment.process),
     )
 
     def attached(info: ModelInfo) -> None:
@@ -129,6 +131,8 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     listening = socket.socket(fileno=assignment.listen_fd)
     await _Server(config, reporter, services).serve(sockets=[listening])
     await backend.stop(0)
+    if services.tracing is not None:
+        await asyncio.to_thread(services.tracing.flush)
 
 
 async def _until(is_so: Callable[[], bool]) -> None:

@@ -27,7 +27,7 @@ from tgi_gateway.launcher.processes import Child
 from tgi_gateway.launcher.restarts import Restarts
 from tgi_gateway.launcher.runtime import RuntimeFolder
 from tgi_gateway.settings import SECRET_VARIABLES, Settings
-from tgi_gateway.telemetry import logs
+from tgi_gateway.telemetry import logs, tracing
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class Supervisor:
     async def _run(self) -> int:
         began = time.monotonic()
         self._tell_settings()
+        tracing.check(self.settings)
         _check_plugin(self.settings.backend)
         with (
             contextlib.closing(runtime.bind(self.settings.hostname, self.settings.port)) as taken,
