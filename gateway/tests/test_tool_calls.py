@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tgi_gateway.prompt.answer import CallArguments, CallBegin, Delta, Text, Thought, joined
 from tgi_gateway.prompt.reasoning import REASONING, Marks, marks_of
 from tgi_gateway.prompt.tools import FAMILIES, Tool, family_of, parser
+from tgi_gateway.testing.worker import Worker
 
 WEATHER = Tool(
     "get_weather",
@@ -271,6 +274,29 @@ def test_whatever_is_written_is_read_and_the_same_however_it_is_cut(family: str)
         assert read(family, list(answer), marks) == whole, answer
         for at in rng.sample(range(len(answer) + 1), 2):
             assert read(family, [answer[:at], answer[at:]], marks) == whole, answer
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "text"),
+    [(family, answer, text) for family, answer, text, called in RECORDED if called is BOTH],
+)
+async def test_a_stream_of_single_bytes_tells_the_calls(
+    says: Callable[..., Any], family: str, answer: str, text: str
+) -> None:
+    marks = tuple(mark for mark in FAMILIES[family].marks if mark in answer)
+    worker: Worker = await says(answer, special=marks, tool_call_parser=family)
+    tools = [tool.shown() for tool in TOOLS]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools, "temperature": 0, "stream": True}
+    events = await worker.events("/v1/chat/completions", body)
+    deltas = [event["choices"][0]["delta"] for event in events[:-1]]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+    grown: list[list[str]] = []
+    for call in [call for delta in deltas for call in delta.get("tool_calls", ())]:
+        if "id" in call:
+            grown.append([call["function"]["name"], ""])
+        grown[call["index"]][1] += call["function"]["arguments"]
+    assert [(name, json.loads(arguments)) for name, arguments in grown] == BOTH
+    assert events[-2]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_arguments_come_as_they_grow() -> None:

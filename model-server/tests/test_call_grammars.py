@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
+from llguidance.numpy import fill_next_token_bitmask
 
 from tgi_demo_model import model_path
 from tgi_gateway.errors import ValidationError
@@ -12,6 +15,7 @@ from tgi_gateway.prompt import call_grammar
 from tgi_gateway.prompt.reasoning import REASONING
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.tools import FAMILIES, Tool
+from tgi_gateway.testing.worker import write_byte_model
 from tgi_gateway.types import Grammar
 from tgi_model_server.sampling.grammar import Vocabulary, compile_grammar
 
@@ -118,6 +122,49 @@ def test_every_familys_grammar_compiles(
         compile_grammar(
             vocabulary, call_grammar.allowed(family.form, TOOLS, added, tokenizer.eos_token_ids, parallel=parallel)
         )
+
+
+@pytest.mark.parametrize(
+    ("family", "good"),
+    [
+        ("mistral_args", '[TOOL_CALLS]add[ARGS]{"a": 1}'),
+        (
+            "kimi_k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+            '{"a": 1}<|tool_call_end|><|tool_calls_section_end|>',
+        ),
+    ],
+)
+def test_marks_that_are_special_tokens_are_let_through_where_they_belong(
+    family: str, good: str, tmp_path: Path
+) -> None:
+    marks = FAMILIES[family].marks
+    write_byte_model(tmp_path, more_special=marks)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    vocabulary = Vocabulary.load(tmp_path, tokenizer.vocab_size, tokenizer.eos_token_ids)
+    form, added = FAMILIES[family].form, tokenizer.added_tokens
+
+    def allows(grammar: Grammar, answer: str) -> bool:
+        """As the step loop does it: a mask before each token."""
+        matcher = compile_grammar(vocabulary, grammar)
+        for token in tokenizer.encode(answer, False).ids:
+            mask = np.zeros((1, vocabulary.words), np.int32)
+            fill_next_token_bitmask(matcher, mask)
+            mask &= vocabulary.producible
+            if not mask[0, token // 32] >> (token % 32) & 1:
+                return False
+            matcher.consume_tokens([token])
+        return bool(matcher.is_accepting())
+
+    must = call_grammar.required(form, TOOLS, added, parallel=True, thinks=None, opened=False)
+    may = call_grammar.allowed(form, TOOLS, added, tokenizer.eos_token_ids, parallel=True)
+    assert allows(must, good)
+    assert allows(may, good)
+    assert allows(may, "Hello")
+    for wrong in (good.replace('"a"', '"b"'), good.replace("add", "sub"), marks[0]):
+        assert not allows(must, wrong)
+        assert not allows(may, wrong)
+    assert not allows(must, "Hello")
 
 
 def test_a_mark_that_is_plain_text_is_found_in_the_text(tokenizer: Tokenizer, follows: Follows) -> None:
