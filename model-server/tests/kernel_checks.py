@@ -316,6 +316,17 @@ def test_a_fixed_plan_keeps_its_addresses_and_forgets_the_step_before() -> None:
     assert addresses == [table.data_ptr() for table in tables]
 
 
+def test_rows_without_tokens_change_nothing_for_the_others() -> None:
+    shape, layout = AttentionShape(4, 2, 16, torch.float32, torch.float32), KVLayout(4)
+    bucket = Bucket(9, 16)
+    fixed = FixedPlan(bucket, 128, shape, layout, device=PLACE, cores=MANY_CORES, tuning=SMALL)
+    for rows in ([(13, 60), (1, 99), (2, 2)], [(1, 9), (12, 90), (1, 5)]):
+        plan = make_plan(4, rows)
+        padded = pad_plan(plan, bucket, 4)
+        assert 0 in padded.query_lens
+        check_attention(padded, shape, layout, fixed.update(padded), tokens=plan.num_tokens)
+
+
 def share(plan: StepPlan, rows: Sequence[int], pages: int) -> StepPlan:
     """`plan` with the first pages of these rows those of the first one of them."""
     return replace(

@@ -124,6 +124,9 @@ def test_buckets_hold_the_padding_rows_and_the_smallest_is_chosen() -> None:
     assert choose_bucket(plan, buckets) == Bucket(3, 8), "two rows of eight tokens leave nobody to own the spare four"
     assert choose_bucket(plan, [Bucket(2, 4), *buckets]) == Bucket(2, 4)
     assert choose_bucket(plan, [Bucket(1, 8), Bucket(8, 8)]) is None
+    assert choose_bucket(plan, [Bucket(4, 4)]) is None, "a bucket for decoding only has a token for each row"
+    assert choose_bucket(plan, [Bucket(6, 7)]) == Bucket(6, 7)
+    assert pad_plan(plan, Bucket(6, 7), 8).query_lens == [3, 1, 1, 1, 1, 0], "other buckets have rows without any"
     padded = pad_plan(plan, Bucket(4, 16), 8)
     assert padded.query_lens == [3, 1, 6, 6]
     assert padded.kv_lens == [3, 9, 6, 6]

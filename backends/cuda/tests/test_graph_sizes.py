@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tgi_backend_cuda.graphs import graph_sizes
+from tgi_backend_cuda.graphs import graph_sizes, mixed_sizes
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 256, 257, 1000])
@@ -20,3 +20,10 @@ def test_every_batch_fits_one_of_the_sizes_with_little_padding(most: int) -> Non
 def test_the_users_list_is_taken_as_it_is_within_the_largest_batch() -> None:
     assert graph_sizes(8, (1, 4, 16, 4)) == [4, 1]
     assert graph_sizes(8, ()) == []
+
+
+def test_steps_with_prompts_are_recorded_up_to_the_largest_and_have_more_tokens_than_rows() -> None:
+    assert mixed_sizes(256, 2048) == [(256, 2048), (256, 1536), (256, 1024), (256, 512), (128, 256)]
+    assert mixed_sizes(4, 600) == [(4, 512), (4, 256)]
+    assert mixed_sizes(4, 32) == [(4, 32)]
+    assert mixed_sizes(1, 1) == []

@@ -278,6 +278,10 @@ class Device(Protocol):
         """Static shapes to compile or capture at start; empty where shapes may vary freely."""
         ...
 
+    def prefers_captured(self, plan: StepPlan) -> bool:
+        """Whether a step that fits a bucket should run in its captured form; it may run as it is, too."""
+        ...
+
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         """`forward` made fast for `bucket`; an eager device returns it as it is.
 

@@ -150,7 +150,9 @@ class Engine:
 
     def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the model, in the smallest captured form that fits."""
-        bucket = choose_bucket(plan, self._captured) if self._captured else None
+        bucket = None
+        if self._captured and self._device.prefers_captured(plan):
+            bucket = choose_bucket(plan, self._captured)
         if bucket is None:
             ahead = PREVIOUS_TOKEN in plan.token_ids
             return self._forward(step_input(plan, self._attention(plan), self._device.torch_device, ahead=ahead))

@@ -87,5 +87,8 @@ class CpuDevice:
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:  # noqa: ARG002
         return ()
 
+    def prefers_captured(self, plan: StepPlan) -> bool:  # noqa: ARG002
+        return False
+
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:  # noqa: ARG002
         return forward

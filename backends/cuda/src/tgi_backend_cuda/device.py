@@ -1,4 +1,4 @@
-"""CudaDevice: one NVIDIA GPU. Decode steps are CUDA graphs; steps with prompts run as they come."""
+"""CudaDevice: one NVIDIA GPU. Steps are CUDA graphs, but for those with long prompts, which run as they come."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tgi_backend_cuda.collectives import fast_group, set_environment
-from tgi_backend_cuda.graphs import Recorder, graph_sizes
+from tgi_backend_cuda.graphs import Recorder, graph_sizes, mixed_sizes
 from tgi_backend_cuda.native.launch import CudaLauncher
 from tgi_backend_cuda.native.ops import NativeOps
 from tgi_backend_cuda.ops import CudaAttentionPlan, CudaOps
@@ -33,6 +33,8 @@ from tgi_model_server.step import StepInput
 PAGE_SIZE = 32
 _FEWEST_SHARING = 4
 """Smaller batches never read shared keys together."""
+_LONG_PROMPTS = 1 << 22
+"""Pairs of a new token and a key of a step's prompts, from which on their attention is worth FlashInfer's launches."""
 OLDEST = (8, 0)
 """Compute capability that has bfloat16 and asynchronous copies."""
 
@@ -125,6 +127,8 @@ class CudaDevice:
             return made if prompts is None else CudaAttentionPlan(**_fields(made), prompts=prompts.plan(plan))
         fixed = self._fixed.get(bucket)
         if fixed is None:
+            if bucket.num_tokens > bucket.num_rows:
+                self._prompt_attention(shape, layout)  # `prefers_captured` wants to know
             assert self._limits is not None, "buckets() comes first"
             fixed = self._fixed[bucket] = FixedPlan(
                 bucket,
@@ -145,7 +149,18 @@ class CudaDevice:
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
         self._limits = limits
-        return [Bucket(rows, rows) for rows in graph_sizes(limits.max_rows, limits.decode_sizes)]
+        decodes = [Bucket(rows, rows) for rows in graph_sizes(limits.max_rows, limits.decode_sizes)]
+        if limits.decode_sizes is not None and not decodes:
+            return []  # no graphs are wanted
+        most = min(limits.max_tokens, self.defaults.mixed_tokens or limits.max_tokens)
+        return [Bucket(*sizes) for sizes in mixed_sizes(limits.max_rows, most)] + decodes
+
+    def prefers_captured(self, plan: StepPlan) -> bool:
+        """Not where FlashInfer's attention, which graphs lack, saves more than starting launch by launch costs."""
+        if plan.is_decode or not any(self._prompts.values()):
+            return True
+        rows = zip(plan.query_lens, plan.kv_lens, strict=True)
+        return sum(query_len * kv_len for query_len, kv_len in rows if query_len > 1) < _LONG_PROMPTS
 
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         """One graph for rows that each read their own keys; from a few rows on, one more for those that share some."""

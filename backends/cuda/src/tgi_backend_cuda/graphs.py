@@ -1,4 +1,4 @@
-"""CUDA graphs: a decode step's launches recorded once and started as one; which batch sizes are worth one."""
+"""CUDA graphs: a step's launches recorded once and started as one; which sizes of steps are worth one."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ def graph_sizes(max_rows: int, wanted: Sequence[int] | None = None) -> list[int]
         return sorted({size for size in wanted if 0 < size <= max_rows}, reverse=True)
     sizes = {size for size in (*_SIZES, *range(_SIZES[-1], max_rows, _STEP)) if size < max_rows}
     return sorted({*sizes, max_rows}, reverse=True)
+
+
+_MIXED = (256, 512, 1024, 1536, 2048)
+"""Tokens of steps with prompts. Starting such a step's launches one by one takes the host 13 ms and more, in which no
+token that is ready leaves.
+"""
+
+
+def mixed_sizes(max_rows: int, max_tokens: int) -> list[tuple[int, int]]:
+    """(rows, tokens) of steps with prompts to record, largest first; at most `max_tokens`."""
+    sizes = [tokens for tokens in _MIXED if tokens <= max_tokens] or [max_tokens]
+    pairs = [(min(max_rows, tokens // 2), tokens) for tokens in sizes]
+    return [pair for pair in reversed(pairs) if pair[0]]
 
 
 _cuda: Any = torch.cuda  # whose streams have no types

@@ -65,6 +65,10 @@ class ReferenceDevice:
         del limits
         return ()
 
+    def prefers_captured(self, plan: StepPlan) -> bool:
+        del plan
+        return True
+
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         del example, bucket
         return forward
