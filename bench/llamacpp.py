@@ -171,7 +171,7 @@ def _loop(pipe: Connection, path: Path, threads: int, streams: int, tokens: int)
     sizes = {"max_batch_size": max(streams, 8), "max_batch_prefill_tokens": STEP_TOKENS}
     options = LlamaOptions.of(EngineOptions(path, "bench", extra={"n_threads": threads}, **sizes))  # type: ignore[arg-type]
     model = Model(path, options)
-    context = Context(model, options, kv_tokens=8192, sequences=options.sequence_ids, outputs=128)
+    context = Context(model, options, kv_tokens=8192, outputs=128)
     while (work := pipe.recv()) is not None:
         kind, size, number = work
         context.clear()

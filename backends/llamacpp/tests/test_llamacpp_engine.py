@@ -207,7 +207,7 @@ def test_a_file_brings_its_tokenizer_or_is_given_one(demo_gguf: Path, tmp_path: 
     [
         ({"quantize": "gptq"}, "--quantize is not for the llamacpp backend"),
         ({"num_shard": 2}, "use --split-mode"),
-        ({"max_batch_size": 500}, "can do 128 sequences"),
+        ({"max_batch_size": 500}, "can do 255 sequences"),
         ({"extra": {"n_threads": -3}}, "--n-threads is -3"),
         ({"extra": {"split_mode": "sideways"}}, "allowed are none, layer, row"),
         ({"extra": {"disable_flash_attention": True, "type_v": "q8_0"}}, "needs flash attention"),

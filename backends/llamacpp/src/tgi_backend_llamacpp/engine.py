@@ -50,13 +50,10 @@ class LlamaBackend(SteppedBackend):
             adapters = _load_adapters(model, options.lora_adapters)
             kv_tokens = settings.kv_tokens or _kv_tokens(parts, model, settings, options)
             num_pages = -(-kv_tokens // PAGE_SIZE) + 1
-            # Where nothing is shared, a sequence ends with its request.
-            sequence_ids = settings.sequence_ids if model.remembers_everything else settings.max_sequences
             context = Context(
                 model,
                 settings,
                 kv_tokens=num_pages * PAGE_SIZE,
-                sequences=sequence_ids,
                 outputs=max(OUTPUT_ROWS, settings.max_sequences),
             )
             opened.callback(context.close)
@@ -77,7 +74,6 @@ class LlamaBackend(SteppedBackend):
                 context,
                 num_pages=num_pages,
                 max_sequences=settings.max_sequences,
-                sequence_ids=sequence_ids,
                 adapters=adapters,
             )
             _compare_tokenizers(model, files.tokenizer)

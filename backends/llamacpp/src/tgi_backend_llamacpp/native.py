@@ -137,14 +137,14 @@ class Model:
 class Context:
     """One KV cache with many sequences, and the batch that a step is written into."""
 
-    def __init__(self, model: Model, options: LlamaOptions, *, kv_tokens: int, sequences: int, outputs: int) -> None:
+    def __init__(self, model: Model, options: LlamaOptions, *, kv_tokens: int, outputs: int) -> None:
         """`outputs`: rows of logits that a step may have at once. Raises `StartError`."""
         api = self._api = library()
         params = api.llama_context_default_params()
         params.n_ctx = kv_tokens
         params.n_batch = min(options.step_tokens + options.max_sequences, kv_tokens)
         params.n_ubatch = min(options.physical_tokens, params.n_batch)
-        params.n_seq_max = sequences
+        params.n_seq_max = options.max_sequences + 1
         params.n_outputs_max = outputs
         params.n_threads = options.threads
         params.n_threads_batch = options.threads_batch
@@ -210,6 +210,19 @@ class Context:
     def remove(self, sequence: int, begin: int = -1, end: int = -1) -> None:
         """Take positions ``begin .. end - 1``, or all, from a sequence. What no sequence has any more is free."""
         self._api.llama_memory_seq_rm(self._memory, sequence, begin, end)
+
+    def save(self, sequence: int) -> bytes:
+        """The keys and values of a sequence, with their positions."""
+        size = self._api.llama_state_seq_get_size(self._handle, sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        written = self._api.llama_state_seq_get_data(self._handle, buffer, size, sequence)
+        return bytes(memoryview(buffer)[:written])
+
+    def load(self, sequence: int, saved: bytes) -> None:
+        """What `save` gave, as the content of `sequence`. Raises `RuntimeError`."""
+        buffer = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+        if not self._api.llama_state_seq_set_data(self._handle, buffer, len(saved), sequence):
+            raise RuntimeError(f"a cached prefix cannot be loaded ({_why()})")
 
     def clear(self) -> None:
         self._api.llama_memory_clear(self._memory, False)

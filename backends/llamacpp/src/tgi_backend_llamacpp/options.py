@@ -11,10 +11,8 @@ from typing import Final
 from tgi_gateway.backend import EngineOptions, Flag
 from tgi_gateway.errors import SettingsError
 
-SEQUENCE_IDS = 256
-"""Sequences that llama.cpp can tell apart (LLAMA_MAX_SEQ)."""
-MAX_SEQUENCES = SEQUENCE_IDS // 2
-"""Requests at a time; the other half is for cached prefixes."""
+MAX_SEQUENCES = 255
+"""llama.cpp can tell 256 apart (LLAMA_MAX_SEQ); one is for prefixes on their way."""
 DEFAULT_SEQUENCES = 32
 DEFAULT_STEP_TOKENS = 512
 NUMA: Final[Mapping[str, int]] = {"disabled": 0, "distribute": 1, "isolate": 2, "numactl": 3, "mirror": 4}
@@ -83,11 +81,6 @@ class LlamaOptions:
     def kv_element_bytes(self) -> tuple[float, float]:
         """Bytes of one element of a key and of a value."""
         return _KV_BYTES[self.type_k], _KV_BYTES[self.type_v]
-
-    @property
-    def sequence_ids(self) -> int:
-        """For requests and the prefixes that others left. Each costs a row of logits, so not all there could be."""
-        return min(4 * self.max_sequences, SEQUENCE_IDS)
 
     @staticmethod
     def of(options: EngineOptions) -> LlamaOptions:

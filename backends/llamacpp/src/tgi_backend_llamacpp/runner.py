@@ -38,7 +38,6 @@ class LlamaRunner:
         *,
         num_pages: int,
         max_sequences: int,
-        sequence_ids: int,
         adapters: Mapping[str, Any],
     ) -> None:
         self.num_pages = num_pages
@@ -46,10 +45,10 @@ class LlamaRunner:
         self._context = context
         self._adapters = adapters
         self._sampler = Sampler(model.vocab_size, model.end_token_ids)
-        self._sequences = SequenceMap(context, PAGE_SIZE, max_sequences, sequence_ids)
+        self._sequences = SequenceMap(context, PAGE_SIZE, max_sequences)
 
     def attach(self, pages: PageAllocator, prefix: PrefixCache | None) -> None:
-        self._sequences.attach(pages, prefix)
+        self._sequences.attach(pages, keeps=prefix is not None)
 
     def admit(
         self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None = None
@@ -81,7 +80,7 @@ class LlamaRunner:
 
     def _compute(self, plan: StepPlan) -> tuple[Logits, dict[int, list[float]]]:
         """float32 logits [sampled rows, vocabulary], and log-probabilities of prompts by row."""
-        step = _Flat(plan, [self._sequences.sequence_of(slot) for slot in plan.slots])
+        step = _Flat(plan)
         adapters = [self._sampler.adapter(slot) for slot in plan.slots] if self._adapters else [None] * len(plan.slots)
         if not plan.prompt_targets and len(set(adapters)) == 1:
             return self._decode(adapters[0], step, np.arange(len(plan.token_ids)), step.last_tokens), {}
@@ -126,10 +125,10 @@ class LlamaRunner:
 class _Flat:
     """A plan's new tokens as arrays, one row after the other."""
 
-    def __init__(self, plan: StepPlan, sequences: Sequence[int]) -> None:
+    def __init__(self, plan: StepPlan) -> None:
         self.token_ids = np.asarray(plan.token_ids, np.int32)
         self.positions = np.asarray(plan.positions(), np.int32)
-        self.owners = np.repeat(np.asarray(sequences, np.int32), plan.query_lens)
+        self.owners = np.repeat(np.asarray(plan.slots, np.int32), plan.query_lens)
         self.ends = np.cumsum(plan.query_lens)
         """Per row: the place after its last token."""
         self._starts = self.ends - plan.query_lens

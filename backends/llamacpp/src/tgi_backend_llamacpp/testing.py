@@ -6,6 +6,7 @@ missing cell changes the answer, which `toy_answer` knows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from tgi_backend_llamacpp.sequences import SequenceMap
@@ -21,6 +22,7 @@ class CellStore:
 
     def __init__(self, cells: int, sequences: int) -> None:
         self.cells = cells
+        self.saves = self.loads = 0
         self.sequences: list[dict[int, list[int]]] = [{} for _ in range(sequences)]
         self.most_used = 0
 
@@ -39,6 +41,16 @@ class CellStore:
         for position in [p for p in held if (begin < 0 or p >= begin) and (end < 0 or p < end)]:
             del held[position]
 
+    def save(self, sequence: int) -> bytes:
+        self.saves += 1
+        return json.dumps([(position, cell[0]) for position, cell in self.sequences[sequence].items()]).encode()
+
+    def load(self, sequence: int, saved: bytes) -> None:
+        assert not self.sequences[sequence]
+        self.loads += 1
+        self.sequences[sequence].update((position, [value]) for position, value in json.loads(saved))
+        self._count()
+
     def clear(self) -> None:
         for sequence in self.sequences:
             sequence.clear()
@@ -49,8 +61,11 @@ class CellStore:
         assert len(held) == position, "no position is missing before"
         before = held[position - 1][0] if position else 0
         held[position] = [mix(before, token)]
-        assert self.used <= self.cells, "no room in the KV cache"
+        self._count()
+
+    def _count(self) -> None:
         self.most_used = max(self.most_used, self.used)
+        assert self.most_used <= self.cells, "no room in the KV cache"
 
     def row(self, sequence: int) -> list[int]:
         held = self.sequences[sequence]
@@ -62,17 +77,17 @@ class CellRunner:
 
     pipeline_depth = 1
 
-    def __init__(self, *, page_size: int, num_pages: int, max_sequences: int, sequence_ids: int) -> None:
+    def __init__(self, *, page_size: int, num_pages: int, max_sequences: int) -> None:
         self.page_size = page_size
         self.num_pages = num_pages
         self.max_sequences = max_sequences
         self.vocab, self.eos = 50, 0
-        self.store = CellStore((num_pages - 1) * page_size, sequence_ids)
-        self.map = SequenceMap(self.store, page_size, max_sequences, sequence_ids)
+        self.store = CellStore((num_pages - 1) * page_size, max_sequences + 1)
+        self.map = SequenceMap(self.store, page_size, max_sequences)
         self._slots: dict[int, tuple[Request, list[int]]] = {}
 
     def attach(self, pages: PageAllocator, prefix: PrefixCache | None) -> None:
-        self.map.attach(pages, prefix)
+        self.map.attach(pages, keeps=prefix is not None)
 
     def admit(self, slot: int, request: Request, output_ids: Sequence[int], constraint: object = None) -> None:
         assert constraint is None
@@ -90,15 +105,14 @@ class CellRunner:
         at = 0
         result = StepResult([], [])
         for row, (slot, start, query_len) in enumerate(zip(plan.slots, starts, plan.query_lens, strict=True)):
-            sequence = self.map.sequence_of(slot)
             for place in range(query_len):
-                self.store.decode(sequence, start + place, plan.token_ids[at + place])
+                self.store.decode(slot, start + place, plan.token_ids[at + place])
             at += query_len
             if row in plan.prompt_targets:
                 result.prompt_logprobs[row] = [-1.0] * len(plan.prompt_targets[row])
         for row, allow_eos in zip(plan.sample_rows, plan.allow_eos, strict=True):
             request, output = self._slots[plan.slots[row]]
-            cells = self.store.row(self.map.sequence_of(plan.slots[row]))
+            cells = self.store.row(plan.slots[row])
             token = choose(cells, request, output, allow_eos, self.vocab, self.eos)
             output.append(token)
             result.token_ids.append(token)
