@@ -62,7 +62,7 @@ def test_exchanges_compile_to_loads_and_stores_that_pass_the_caches(
     def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
-    exchange = Exchange(Shard(1, 2), empty(2, 2, 1 << 16, dtype=torch.int64), empty(2, dtype=torch.int64))
+    exchange = Exchange(Shard(1, 2), empty(2, 2, 1 << 16, dtype=torch.int64), empty(2, dtype=torch.int64), early=True)
     rows = empty(4, 4096, dtype=torch.bfloat16)
     for call in (
         lambda: exchange.sum(rows, rows),
@@ -74,3 +74,4 @@ def test_exchanges_compile_to_loads_and_stores_that_pass_the_caches(
         assert built.spilled_bytes == 0
         assert "st.global.wt" in built.assembly
         assert "ld.volatile.global" in built.assembly
+        assert "griddepcontrol.launch_dependents" in built.assembly

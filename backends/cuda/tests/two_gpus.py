@@ -30,6 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 300)
 CALLS, REPLAYS = 50, 20
+_cuda: Any = torch.cuda  # whose streams and events have no types
 
 
 class Rank:
@@ -122,19 +123,19 @@ class Rank:
             x = torch.zeros(rows, HIDDEN, dtype=torch.bfloat16, device=self.device)
             residual = torch.zeros_like(x)
             times = [
-                microseconds(lambda x=x: self.fast.all_reduce(x)),
-                microseconds(lambda x=x, residual=residual: self.fast.all_reduce_add(x, residual)),
-                microseconds(lambda x=x: one_shot(x)) if one_shot is not None else float("nan"),
-                microseconds(lambda x=x: self.nccl.all_reduce(x)),
+                microseconds(self.fast.all_reduce, x),
+                microseconds(self.fast.all_reduce_add, x, residual),
+                microseconds(one_shot, x) if one_shot is not None else float("nan"),
+                microseconds(self.nccl.all_reduce, x),
             ]
             self.say(f"{rows:>20} " + " ".join(f"{each:>14.2f}" for each in times))
         for rows in (1, 4, 16, 64):
             part = torch.zeros(rows, VOCABULARY // self.shard.world_size, device=self.device)
-            ours = microseconds(lambda part=part: self.fast.all_gather(part))
-            theirs = microseconds(lambda part=part: self.nccl.all_gather(part))
+            ours = microseconds(self.fast.all_gather, part)
+            theirs = microseconds(self.nccl.all_gather, part)
             self.say(f"logits of {rows} rows gathered: {ours:.2f} us, NCCL {theirs:.2f} us")
         ids = torch.zeros(64, dtype=torch.int32, device=self.device)
-        ours, theirs = (microseconds(lambda group=group: group.broadcast(ids)) for group in (self.fast, self.nccl))
+        ours, theirs = (microseconds(group.broadcast, ids) for group in (self.fast, self.nccl))
         self.say(f"64 tokens broadcast: {ours:.2f} us, NCCL {theirs:.2f} us")
 
     def check_abort(self) -> None:
@@ -155,7 +156,7 @@ class Rank:
 
 def record(forward: Callable[[], Any]) -> Callable[[], Any]:
     """`forward` as a graph; what it returns is overwritten at each replay."""
-    stream: Any = torch.cuda.Stream()
+    stream = _cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         forward()
@@ -171,17 +172,17 @@ def record(forward: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def microseconds(call: Callable[[], object]) -> float:
+def microseconds(call: Callable[..., object], *given: torch.Tensor) -> float:
     """Of one call among many in a graph."""
 
     def many() -> None:
         for _ in range(CALLS):
-            call()
+            call(*given)
 
     replay = record(many)
     replay()
     torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (_cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(REPLAYS):
         replay()

@@ -87,7 +87,8 @@ def open_exchange(shard: Shard, device: torch.device) -> Exchange:
     handle = symmetric.rendezvous(inbox, dist.group.WORLD)
     everyone = [handle.get_buffer(rank, inbox.shape, inbox.dtype) for rank in range(shard.world_size)]
     addresses = torch.tensor([each.data_ptr() for each in everyone], dtype=torch.int64).to(device)
-    return Exchange(shard, inbox, addresses, (handle, everyone))
+    early = torch.cuda.get_device_capability(device) >= (9, 0)
+    return Exchange(shard, inbox, addresses, early=early, owner=(handle, everyone))
 
 
 def _all_reach_each_other(count: int) -> bool:

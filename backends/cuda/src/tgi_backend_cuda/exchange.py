@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from tgi_model_server.parallel import Shard
 
@@ -96,16 +97,20 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out = sum of all ranks' x, plus residual with ADD; all int32 views of `words` words, out may be either input.
 
     inbox int64 [2, WORLD, CAPACITY]; addresses int64 [WORLD], of all ranks' inboxes; counts int32 [PROGRAMS]; stop
-    int32 [1]. Added up in float32 in order of rank, so that all ranks get the same bits.
+    int32 [1]. Added up in float32 in order of rank, so that all ranks get the same bits. EARLY lets a next kernel that
+    was launched for it (programmatic dependent launch) fetch its weights while this one waits for the others.
     """
     program = tl.program_id(0)
     count = tl.load(counts + program) + 1
     half = (count & 1).to(tl.int64) * (WORLD * CAPACITY)
     _send(x, addresses, half + RANK * CAPACITY, count, words, RANK, WORLD, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
     for chunk in range(program, tl.cdiv(words, BLOCK), tl.num_programs(0)):
         at = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = at < words
@@ -142,6 +147,7 @@ def gather_kernel(
     WORLD: tl.constexpr,
     BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """x int32 [rows, width] of each rank to out [rows, WORLD, width]; with FIRST rank 0's to out [rows, width].
 
@@ -151,6 +157,8 @@ def gather_kernel(
     count = tl.load(counts + program) + 1
     half = (count & 1).to(tl.int64) * (WORLD * CAPACITY)
     _send(x, addresses, half + RANK * CAPACITY, count, words, RANK, WORLD, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
     for chunk in range(program, tl.cdiv(words, BLOCK), tl.num_programs(0)):
         at = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = at < words
@@ -170,11 +178,20 @@ def gather_kernel(
 class Exchange:
     """One rank's end. All ranks make the same calls with the same sizes in the same order, from one stream."""
 
-    def __init__(self, shard: Shard, inbox: torch.Tensor, addresses: torch.Tensor, owner: object = None) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        inbox: torch.Tensor,
+        addresses: torch.Tensor,
+        *,
+        early: bool = False,
+        owner: object = None,
+    ) -> None:
         """`inbox` int64 [2, world_size, words], zeroed on all ranks; `addresses` int64 [world_size], on the device.
 
-        `owner` keeps the memory of the others mapped.
+        `early`: the chip has programmatic dependent launch. `owner` keeps the memory of the others mapped.
         """
+        self._early = early
         self._shard = shard
         self._owner = owner
         self._inbox = inbox
@@ -211,6 +228,7 @@ class Exchange:
             BLOCK=BLOCK,
             KIND=_KINDS[x.dtype],
             ADD=residual is not None,
+            EARLY=self._early,
             num_warps=4,
         )
         return out
@@ -251,6 +269,7 @@ class Exchange:
             WORLD=self._shard.world_size,
             BLOCK=BLOCK,
             FIRST=first,
+            EARLY=self._early,
             num_warps=4,
         )
 
