@@ -8,6 +8,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEve
 from tgi_model_server.batcher import BatchLimits
 from tgi_model_server.loop import StepLoop
 from tgi_model_server.plan import StepPlan
+from tgi_model_server.plan_wire import PlanDecoder, PlanEncoder
 from tgi_model_server.step import DeviceLost, StepOutput
 from tgi_model_server.testing.runner import ToyRunner, toy_answer
 
@@ -55,6 +58,19 @@ class Ledger:
     def reason(self, request_id: int) -> str:
         end = self.ends[request_id]
         return end.reason if isinstance(end, Finished) else end.error_type
+
+
+class Relayed(ToyRunner):
+    """Runs what another rank would: each plan as it arrives there, which must be the plan that was sent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.encoder, self.decoder = PlanEncoder(), PlanDecoder()
+
+    def run(self, plan: StepPlan) -> Any:
+        arrived = self.decoder.decode(self.encoder.encode(plan))
+        assert arrived == replace(plan, pages=[list(pages) for pages in plan.pages])
+        return super().run(arrived)
 
 
 def limits_of(runner: ToyRunner, **changes: int | bool) -> BatchLimits:
@@ -132,7 +148,7 @@ def test_random_workloads_give_every_request_its_own_answer(depth: int, seed: in
         max_sequences=draw.choice([1, 3, 8]),
         pipeline_depth=depth,
     )
-    runner = ToyRunner(
+    runner = Relayed(
         page_size=runner.page_size,
         num_pages=1 + -(-draw.choice([80, 120, 300]) // runner.page_size),
         max_sequences=runner.max_sequences,

@@ -29,6 +29,7 @@ from tgi_model_server.device import Device
 from tgi_model_server.engine import load_engine
 from tgi_model_server.parallel import Shard
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan
+from tgi_model_server.plan_wire import PlanDecoder, PlanEncoder
 from tgi_model_server.rank_task import RankTask, device_of, name_of, read_plan, write_plan
 from tgi_model_server.ranks import Followers
 from tgi_model_server.testing.client import Client
@@ -273,13 +274,14 @@ def test_plans_and_tasks_arrive_as_they_were_sent(folder: Path) -> None:
     def read() -> None:
         with os.fdopen(reading, "rb") as plans:
             while (got := read_plan(plans)) is not None:
-                received.append(got)
+                received.append(decoder.decode(got))
 
+    encoder, decoder = PlanEncoder(), PlanDecoder()
     received: list[StepPlan] = []
     reader = threading.Thread(target=read)
     reader.start()
-    write_plan([writing], plan, 30.0)
-    write_plan([writing], large, 30.0)
+    write_plan([writing], encoder.encode(plan), 30.0)
+    write_plan([writing], encoder.encode(large), 30.0)
     os.close(writing)
     reader.join()
     assert received == [replace(plan, pages=[[5, 6], [7, 8]]), large]
@@ -293,8 +295,8 @@ def test_a_rank_that_takes_no_plan_is_an_error_in_time() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with pytest.raises(TimeoutError, match="took no plan"):
-        write_plan([writing], StepPlan(token_ids=list(range(100_000))), 0.05)
+        write_plan([writing], bytes(300_000), 0.05)
     os.close(reading)
     with pytest.raises(BrokenPipeError):
-        write_plan([writing], StepPlan(), 0.05)
+        write_plan([writing], b"plan", 0.05)
     os.close(writing)

@@ -26,7 +26,8 @@ class StepPlan:
     kv_lens: list[int] = field(default_factory=list)
     """Per row: KV length after this step; the new tokens' positions are ``kv_len - query_len .. kv_len - 1``."""
     pages: list[Sequence[int]] = field(default_factory=list)
-    """Per row: page ids covering at least `kv_len` tokens. Owned by the sequence: copy, do not keep."""
+    """Per row: page ids covering at least `kv_len` tokens. Owned by the sequence: copy, do not keep. As long as a slot
+    has the same list, it only grows at its end."""
     token_ids: list[int] = field(default_factory=list)
     """Flat: token ids, or `PREVIOUS_TOKEN`."""
     sample_rows: list[int] = field(default_factory=list)

@@ -17,6 +17,7 @@ from tgi_gateway.errors import StartError
 from tgi_gateway.launcher.child import Reporter
 from tgi_gateway.telemetry import logs
 from tgi_model_server.engine import load_engine
+from tgi_model_server.plan_wire import PlanDecoder
 from tgi_model_server.rank_task import RankTask, connect, device_of, open_store, read_plan
 
 logger = logging.getLogger("tgi_model_server.rank")  # not __name__, which is __main__ here
@@ -48,8 +49,9 @@ def _follow(task: RankTask, reporter: Reporter, plans: BinaryIO) -> None:
     reporter.ready()
     group = connect(device, task.shard, open_store(task.port, task.shard.world_size))
     engine = load_engine(device, task.options, group=group)
-    while (plan := read_plan(plans)) is not None:
-        engine.run(plan)
+    decoder = PlanDecoder()
+    while (body := read_plan(plans)) is not None:
+        engine.run(decoder.decode(body))
     engine.close()
 
 

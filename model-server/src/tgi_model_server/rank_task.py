@@ -19,7 +19,6 @@ from tgi_gateway.backend import EngineOptions
 from tgi_gateway.errors import StartError
 from tgi_model_server.device import Device
 from tgi_model_server.parallel import Group, Shard, TorchGroup
-from tgi_model_server.plan import StepPlan
 
 MEETING_TIMEOUT_S = 120.0
 """How long ranks wait for each other when they start."""
@@ -85,9 +84,8 @@ def open_store(port: int, world_size: int, listen_fd: int | None = None) -> Stor
     )
 
 
-def write_plan(fds: Sequence[int], plan: StepPlan, timeout_s: float) -> None:
-    """Send `plan` to every rank. `fds` do not block. Raises `OSError` for a rank that is gone or takes nothing."""
-    body = msgspec.msgpack.encode(plan)
+def write_plan(fds: Sequence[int], body: bytes, timeout_s: float) -> None:
+    """Send an encoded plan to every rank. `fds` do not block. Raises `OSError` if one is gone or takes nothing."""
     frame = memoryview(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
     for fd in fds:
         left, deadline_s = frame, 0.0
@@ -102,11 +100,11 @@ def write_plan(fds: Sequence[int], plan: StepPlan, timeout_s: float) -> None:
                     raise TimeoutError(f"it took no plan for {timeout_s:.0f} s") from None
 
 
-def read_plan(plans: BinaryIO) -> StepPlan | None:
-    """The next plan; None when there will be none."""
+def read_plan(plans: BinaryIO) -> bytes | None:
+    """The next plan, encoded; None when there will be none."""
     size = int.from_bytes(plans.read(_LENGTH_BYTES), "little")
     body = plans.read(size)
-    return msgspec.msgpack.decode(body, type=StepPlan) if body and len(body) == size else None
+    return body if body and len(body) == size else None
 
 
 def _decode_path(kind: type, value: Any) -> Any:

@@ -24,6 +24,7 @@ from tgi_model_server.device import Device
 from tgi_model_server.engine import Engine
 from tgi_model_server.parallel import COLLECTIVE_TIMEOUT_S, Group, Shard
 from tgi_model_server.plan import StepPlan, StepResult
+from tgi_model_server.plan_wire import PlanEncoder
 from tgi_model_server.rank_task import MEETING_TIMEOUT_S, RankTask, connect, name_of, open_store, write_plan
 from tgi_model_server.runner import DeviceLost, StepOutput
 
@@ -70,6 +71,7 @@ class Followers:
         self._followers: list[_Follower] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._plans: list[int] = []
+        self._encoder = PlanEncoder()
         try:
             threading.Thread(target=self._watch_steps, name="steps-watch", daemon=True).start()
             for rank in range(1, self._world_size):
@@ -104,7 +106,7 @@ class Followers:
 
     def send(self, plan: StepPlan) -> None:
         """Every rank runs this next. Raises `OSError`."""
-        write_plan(self._plans, plan, COLLECTIVE_TIMEOUT_S)
+        write_plan(self._plans, self._encoder.encode(plan), COLLECTIVE_TIMEOUT_S)
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
