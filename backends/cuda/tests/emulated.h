@@ -177,14 +177,6 @@ DEVICE uint4 load_transposed(const void *row) {
 DEVICE float power_of_2(float v) { return exp2f(v); }
 DEVICE float minus_infinity() { return as_float(0xff800000u); }
 DEVICE float inverse_root(float v) { return 1.0f / sqrtf(v); }
-DEVICE float warp_sum(float v) {
-    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-    return v;
-}
-DEVICE float warp_max(float v) {
-    for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
-    return v;
-}
 
 namespace emulator {
 template <typename... A, size_t... I> void call(void (*kernel)(A...), void **arguments, std::index_sequence<I...>) {

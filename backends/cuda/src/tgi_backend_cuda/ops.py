@@ -26,7 +26,7 @@ class CudaAttentionPlan(TritonAttentionPlan):
     prompts: PlannedPrompts | None = None
 
 
-NATIVE_TOKENS = (1, 2, 4, 8)
+NATIVE_TOKENS = (1, 2, 4, 8, 16, 24, 32)
 """Sizes of steps for which the native kernels are compiled: the smallest graphs."""
 
 

@@ -9,6 +9,8 @@
 //   HEAD_DIM     64, 128 or 256                       GROUP         query heads of a KV head, 1 to 8
 //   PAGE         tokens of a page                     NORM          heads of q and k are normalized first (RMS)
 //   WARPS, STAGES, LEAST  tiles of 16 keys that a block has at least, if there are so many
+#include "arithmetic.cuh"
+
 #define THREADS (WARPS * 32)
 #define KEYS 16
 #define ROW_BYTES (HEAD_DIM * 2)

@@ -18,14 +18,19 @@ _TILE = 16
 
 @dataclass(frozen=True, slots=True)
 class AttentionTuning:
-    """See `attention.cu`."""
+    """See `attention.cu`. Measured on H200 with 400 and 8,000 keys a row."""
 
-    warps: int = 4
-    stages: int = 3
-    least: int = 4
+    warps: int = 8
+    stages: int = 2
+    least: int = 8
     """Tiles of 16 keys that make another block worth its part in the reduction."""
-    blocks: int = 2
-    """Blocks for each multiprocessor that a step of long sequences is divided into, about."""
+    blocks: int = 1
+    """Blocks for each multiprocessor that a step of long sequences is divided into, at most."""
+
+
+FEW_ROWS = AttentionTuning()
+MANY_ROWS = AttentionTuning(warps=4, blocks=2)
+MAX_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,8 @@ class DecodeShape:
         return fitted
 
     def splits(self, rows: int, multiprocessors: int, longest: int) -> int:
-        """Blocks that a row and KV head gets at most: enough to fill the chip, no more than `longest` keys need."""
-        wanted = -(-self.tuning.blocks * multiprocessors // (rows * self.kv_heads))
+        """Blocks that a row and KV head gets at most: as many as run at once, and as `longest` keys need."""
+        wanted = self.tuning.blocks * multiprocessors // (rows * self.kv_heads)
         return max(1, min(wanted, -(-longest // (self.tuning.least * _TILE))))
 
     def shared_bytes(self, splits: int) -> int:

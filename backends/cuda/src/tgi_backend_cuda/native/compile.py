@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,7 +34,8 @@ class Kernel:
 
 @lru_cache
 def _text(file: str) -> str:
-    return (_HERE / file).read_text()
+    """With what it includes, so that neither a path nor a header is needed to compile it."""
+    return re.sub(r'^#include "(.+)"$', lambda line: _text(line[1]), (_HERE / file).read_text(), flags=re.MULTILINE)
 
 
 def cache_folder() -> Path:

@@ -1,75 +1,16 @@
-// out = weight . x for few rows of x: every weight is read once, at the speed of memory, and everything else hides in it.
+// out = weight . x for up to 8 rows of x: every weight is read once, at the speed of memory, and everything else hides in it.
 //
-// The weight is the left operand of the matrix units, 16 of its rows by 64 of its columns a step, and x, up to 8 rows,
-// the right one. Each warp has a ring of STAGES steps in shared memory that asynchronous copies fill ahead of it; the
-// warps of a block take turns at the chunks of 64 columns of the same rows and add up at the end of a group of rows.
-// The ring runs on from one group to the next, and is filled before the kernel waits for its input.
+// Each warp has a ring of STAGES steps in shared memory that is filled ahead of it; the warps of a block take turns at
+// the chunks of 64 columns of the same rows and add up at the end of a group of rows. The ring runs on from one group to
+// the next, and is filled before the kernel waits for its input.
 //
-//   TOKENS            rows of x, 1 to 8                     WARPS, STAGES, TILES   a group has 16 * TILES weight rows
-//   NORM         x is normalized first (RMS)           EPILOGUE               see below
+//   NORM         x is normalized first (RMS)
 //   PREFETCH     bytes of each row of a block's first group that go to L2 before the wait, behind the ring
-//   LAUNCH_LEFT  steps that a warp has left when the next kernel may start
-//   EVICT_FIRST  whether weights leave L2 first
-#define STORE 0        // out[TOKENS, rows], 16 bits
-#define STORE_FLOAT 1  // out[TOKENS, rows], float
-#define ADD 2          // out[TOKENS, rows] += , 16 bits
-#define GATED 3        // out[TOKENS, rows] = silu(weight[0, rows]) * weight[rows, 2 rows]
+#include "linear.cuh"
 
-#define THREADS (WARPS * 32)
-#define CHUNK 64  // columns of a step: 128 bytes, one line of a cache
-#define CHUNK_BYTES 128
-#define WEIGHT_ROWS (16 * TILES)
-#define GROUP (EPILOGUE == GATED ? 8 * TILES : 16 * TILES)  // outputs of a group
-#define WEIGHT_BYTES (WEIGHT_ROWS * CHUNK_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + (NORM ? 0 : TOKENS * CHUNK_BYTES))
 #define SUMS (WARPS * WEIGHT_ROWS * TOKENS)
 #define AT_ONCE (TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4)
-#define PER_THREAD ((GROUP * TOKENS + THREADS - 1) / THREADS)
-
-// Byte of piece `piece` (8 numbers) of row `row` in a tile of 128-byte rows: neither copying nor reading meets a bank twice.
-DEVICE u32 place(u32 row, u32 piece) { return row * CHUNK_BYTES + ((piece ^ (row & 7)) << 4); }
-
-// The row of the weight behind tile row `r` of the group that begins at output `first`. Behind the last, the last again.
-DEVICE u32 weight_row(u32 first, u32 r, u32 rows) {
-    if (EPILOGUE == GATED) return min(first + r / 16 * 8 + r % 8, rows - 1) + (r & 8 ? rows : 0);
-    return min(first + r, rows - 1);
-}
-
-DEVICE void copy_weight(u8 *stage, const u16 *weight, u32 first, u32 chunk, u32 columns, u32 rows, u64 policy) {
-    const u32 lane = threadIdx.x % 32, piece = lane % 8, column = chunk * CHUNK + piece * 8;
-    const bool inside = column < columns;
-#pragma unroll
-    for (u32 i = 0; i < 4 * TILES; i++) {
-        const u32 r = i * 4 + lane / 8;
-        const u64 at = (u64)weight_row(first, r, rows) * columns + (inside ? column : 0);
-        copy_stream(stage + place(r, piece), weight + at, inside, policy);
-    }
-}
-
-DEVICE void copy_input(u8 *stage, const u16 *x, u32 chunk, u32 columns) {
-    const u32 lane = threadIdx.x % 32, piece = lane % 8, column = chunk * CHUNK + piece * 8;
-    const bool inside = column < columns;
-#pragma unroll
-    for (u32 row = lane / 8; row < TOKENS; row += 4)
-        copy_async(stage + place(row, piece), x + (u64)row * columns + (inside ? column : 0), inside);
-}
-
-DEVICE void multiply(float (&sums)[TILES][4], const u8 *weight, const u8 *input) {
-    const u32 lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (u32 j = 0; j < 2; j++) {
-        // Lane q has columns 16 q to 16 q + 15 of both operands: any order of a sum will do, if it is the same.
-        uint4 b = make_uint4(0, 0, 0, 0);
-        if (g < TOKENS) b = *(const uint4 *)(input + place(g, 2 * q + j));
-#pragma unroll
-        for (u32 tile = 0; tile < TILES; tile++) {
-            const uint4 low = *(const uint4 *)(weight + place(tile * 16 + g, 2 * q + j));
-            const uint4 high = *(const uint4 *)(weight + place(tile * 16 + g + 8, 2 * q + j));
-            mma(sums[tile], low.x, high.x, low.y, high.y, b.x, b.y);
-            mma(sums[tile], low.z, high.z, low.w, high.w, b.z, b.w);
-        }
-    }
-}
 
 // x normalized (Zhang and Sennrich 2019) into `input`, as chunks of TOKENS rows each, zeros behind the last column.
 DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_weight, float eps, u32 columns) {
@@ -122,15 +63,7 @@ DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_we
         for (u32 piece = threadIdx.x; piece < pieces; piece += THREADS) {
             uint4 *at = (uint4 *)(input + piece / 8 * (TOKENS * CHUNK_BYTES) + place(t, piece % 8));
             const uint4 v = *at, n = *(const uint4 *)(norm_weight + piece * 16);
-            u32 words[4] = {v.x, v.y, v.z, v.w};
-            const u32 factors[4] = {n.x, n.y, n.z, n.w};
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const float low = widen(narrow(widen((u16)words[i]) * scale));
-                const float high = widen(narrow(widen((u16)(words[i] >> 16)) * scale));
-                words[i] = narrow2(low * widen((u16)factors[i]), high * widen((u16)(factors[i] >> 16)));
-            }
-            *at = make_uint4(words[0], words[1], words[2], words[3]);
+            *at = make_uint4(scaled(v.x, n.x, scale), scaled(v.y, n.y, scale), scaled(v.z, n.z, scale), scaled(v.w, n.w, scale));
         }
     }
     __syncthreads();
@@ -167,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     };
 
-    if (LAUNCH_LEFT >= steps) grid_launch_next();
+    grid_launch_next();
     if (NORM) {
         for (u32 piece = threadIdx.x; piece < columns / 8; piece += THREADS)
             copy_async(norm + piece * 16, norm_weight + piece * 8, true);
@@ -199,26 +132,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 
-    u32 step = 0, stage = 0;
+    u32 stage = 0;
     for (u32 group = 0, first = blockIdx.x * GROUP; group < block_groups; group++, first += gridDim.x * GROUP) {
-        // What the sums are added to, loaded now and looked at when the sums are there.
-        u16 added[PER_THREAD], added_up[PER_THREAD], residual[PER_THREAD];
+        // Loaded now, and looked at when the sums are there.
+        Added added[PER_THREAD];
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) {
-            const u32 n = threadIdx.x + i * THREADS, at = first + n % GROUP, t = n / GROUP;
-            const bool mine = t < TOKENS && at < rows;
-            added[i] = mine && bias ? bias[at] : 0;
-            added_up[i] = EPILOGUE == GATED && mine && bias ? bias[rows + at] : 0;
-            residual[i] = EPILOGUE == ADD && mine ? load_fresh((const u16 *)out + (u64)t * rows + at) : 0;
+            const u32 n = threadIdx.x + i * THREADS;
+            added[i] = added_to(bias, out, n / GROUP, first + n % GROUP, rows);
         }
-        float sums[TILES][4];
+        float sums[TILES][1][4];
 #pragma unroll
         for (u32 tile = 0; tile < TILES; tile++)
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) sums[tile][i] = 0;
+            for (u32 i = 0; i < 4; i++) sums[tile][0][i] = 0;
 
 #pragma unroll 2
-        for (u32 chunk = warp; chunk < chunks; chunk += WARPS, step++) {
+        for (u32 chunk = warp; chunk < chunks; chunk += WARPS) {
             copy_wait<STAGES - 2>();
             __syncwarp();  // the whole warp's copies are there, and the stage before this one is read
             if (copied < steps) {
@@ -228,7 +158,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 advance_copy();
             }
             copy_commit();
-            if (step + LAUNCH_LEFT + 1 == steps) grid_launch_next();
             const u8 *from = ring + stage * STAGE_BYTES;
             multiply(sums, from, NORM ? input + chunk * (TOKENS * CHUNK_BYTES) : from + WEIGHT_BYTES);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
@@ -242,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 const u32 t = 2 * q + i % 2;
-                if (t < TOKENS) mine[t * WEIGHT_ROWS + tile * 16 + g + i / 2 * 8] = sums[tile][i];
+                if (t < TOKENS) mine[t * WEIGHT_ROWS + tile * 16 + g + i / 2 * 8] = sums[tile][0][i];
             }
         __syncthreads();
 #pragma unroll
@@ -250,19 +179,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const u32 n = threadIdx.x + i * THREADS, output = n % GROUP, t = n / GROUP;
             if (t >= TOKENS || first + output >= rows) continue;
             const u32 r = EPILOGUE == GATED ? output / 8 * 16 + output % 8 : output;
-            float total = widen(added[i]) + widen(residual[i]), up = widen(added_up[i]);
+            float total = 0, up = 0;
 #pragma unroll
             for (u32 w = 0; w < WARPS; w++) {
                 const float *sum = buffer + (w * TOKENS + t) * WEIGHT_ROWS + r;
                 total += sum[0];
                 if (EPILOGUE == GATED) up += sum[8];
             }
-            if (EPILOGUE == GATED) total = total / (1.0f + power_of_2(-1.4426950408889634f * total)) * up;
-            const u64 at = (u64)t * rows + first + output;
-            if (EPILOGUE == STORE_FLOAT)
-                ((float *)out)[at] = total;
-            else
-                ((u16 *)out)[at] = narrow(total);
+            finish(out, total, up, added[i], (u64)t * rows + first + output);
         }
     }
 }

@@ -36,7 +36,6 @@ class LinearTuning:
     blocks: int = 2
     """Blocks at most for each multiprocessor; they share the rows of the weight."""
     prefetch: int = 0
-    launch_left: int = 1 << 30
     evict_first: bool = True
 
 
@@ -83,7 +82,6 @@ class Linear:
             "STAGES": tuning.stages,
             "TILES": tuning.tiles,
             "PREFETCH": tuning.prefetch,
-            "LAUNCH_LEFT": tuning.launch_left,
             "EVICT_FIRST": int(tuning.evict_first),
         }
         return Kernel("linear", tuple(constants.items()))
@@ -133,8 +131,3 @@ class Linear:
         )
         grid = (self.blocks(launcher.multiprocessors), 1, 1)
         launcher.launch(self.kernel, grid, 32 * self.tuning.warps, self.shared_bytes, arguments)
-
-
-def supports_linear(tokens: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether a product of these sizes can run here: few tokens, 16-bit numbers, rows of whole 16-byte pieces."""
-    return 1 <= tokens <= MAX_TOKENS and columns >= 8 and columns % 8 == 0 and dtype in (torch.bfloat16, torch.float16)

@@ -151,14 +151,3 @@ DEVICE float power_of_2(float v) {
 }
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 DEVICE float inverse_root(float v) { return 1.0f / sqrtf(v); }
-
-DEVICE float warp_sum(float v) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-    return v;
-}
-DEVICE float warp_max(float v) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
-    return v;
-}
