@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
+from tgi_model_server.kernels.prefill import attend_tiles
 
 _FEWEST_SPLITS = 8
 """That a reduction has room for."""
@@ -201,22 +202,54 @@ def shared_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        key_at = start + tl.arange(0, BLOCK_N)
-        known = key_at < end
-        page = tl.load(pages + key_at // PAGE, mask=known, other=0).to(tl.int64)
-        place = page * pool_page + key_at % PAGE * pool_slot + kv_head * pool_head
-        taken = known[:, None] & inside[None, :]
-        key = tl.load(k_pool + place[:, None] + column[None, :], mask=taken, other=0.0).to(query.dtype)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(known[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_largest[:, None])
-        fade = tl.exp2(largest - new_largest)
-        total = total * fade + tl.sum(weights, axis=1)
-        value = tl.load(v_pool + place[:, None] + column[None, :], mask=taken, other=0.0).to(query.dtype)
-        sums = tl.dot(weights.to(query.dtype), value, sums * fade[:, None], input_precision="ieee")
-        largest = new_largest
+    # Every query sees all of the split's keys.
+    position = tl.zeros((BLOCK_M,), tl.int32) + (end - 1)
+    head_offset = kv_head * pool_head
+    middle = end // BLOCK_N * BLOCK_N
+    largest, total, sums = attend_tiles(
+        query,
+        k_pool,
+        v_pool,
+        pages,
+        position,
+        largest,
+        total,
+        sums,
+        begin,
+        middle,
+        head_offset,
+        pool_page,
+        pool_slot,
+        scale,
+        HEAD_DIM,
+        PAGE,
+        0,
+        BLOCK_N,
+        BLOCK_D,
+        False,
+    )
+    largest, total, sums = attend_tiles(
+        query,
+        k_pool,
+        v_pool,
+        pages,
+        position,
+        largest,
+        total,
+        sums,
+        middle,
+        end,
+        head_offset,
+        pool_page,
+        pool_slot,
+        scale,
+        HEAD_DIM,
+        PAGE,
+        0,
+        BLOCK_N,
+        BLOCK_D,
+        True,
+    )
     tl.store(part_lse + part, largest + tl.log2(total), mask=real)
     into = part_out + part[:, None] * HEAD_DIM + column[None, :]
     tl.store(into, sums / total[:, None], mask=real[:, None] & inside[None, :])

@@ -16,7 +16,7 @@ from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpr
 
 
 @triton.jit
-def _attend_tiles(
+def attend_tiles(
     query,
     k_pool,
     v_pool,
@@ -146,7 +146,7 @@ def prefill_kernel(
         middle = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     else:
         middle = (earliest + 1) // BLOCK_N * BLOCK_N
-        largest, total, sums = _attend_tiles(
+        largest, total, sums = attend_tiles(
             query,
             k_pool,
             v_pool,
@@ -168,7 +168,7 @@ def prefill_kernel(
             BLOCK_D,
             False,
         )
-    largest, total, sums = _attend_tiles(
+    largest, total, sums = attend_tiles(
         query,
         k_pool,
         v_pool,
