@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,8 +76,12 @@ class CudaDevice:
         self.kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2) if newer else (torch.float8_e5m2,)
         self._cores = properties.multi_processor_count
         self.tuning = _tuning((properties.major, properties.minor))
+
+    @cached_property
+    def ops(self) -> CudaOps:
+        """Made when it is first wanted: before `join` it would take memory of a GPU that another rank has."""
         launcher = CudaLauncher(self.torch_device)
-        self.ops = CudaOps(self.tuning, NativeOps(launcher), launcher.prepare)
+        return CudaOps(self.tuning, NativeOps(launcher), launcher.prepare)
 
     def join(self, shard: Shard) -> None:
         """One GPU for each rank, in the order that torch lists them."""
