@@ -141,7 +141,7 @@ class Sequences:
 def sequences(lens: Sequence[int], kv_heads: int, head_dim: int, page: int, dtype: torch.dtype) -> Sequences:
     counts = [-(-length // page) for length in lens]
     scattered = torch.randperm(sum(counts), device=GPU) + 1
-    pages = list(scattered.split(counts))
+    pages = list(scattered.split_with_sizes(counts))
     table = torch.full((len(lens), max(counts) + 3), 1 << 30, device=GPU, dtype=torch.int32)
     pools = [poisoned(sum(counts) + 1, page, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
     slots = []
@@ -243,7 +243,7 @@ def checks(launcher: CudaLauncher) -> list[tuple[str, Callable[[], float]]]:
     for tuning in (FEW_ROWS, MANY_ROWS):
         for lens in ([1], [16], [401], [100000], borders, longer, longer[:3], (borders + longer) * 2):
             attention(str(tuning), lens, tuning)
-    for name, options in {
+    variants: dict[str, dict[str, Any]] = {
         "window": {"window": 100},
         "head norms": {"normed": True},
         "half rotated": {"half": 32},
@@ -254,7 +254,8 @@ def checks(launcher: CudaLauncher) -> list[tuple[str, Callable[[], float]]]:
         "pages of 1": {"page": 1},
         "pages of 24": {"page": 24},
         "pages of 64": {"page": 64},
-    }.items():
+    }
+    for name, options in variants.items():
         attention(name, borders, FEW_ROWS, **options)
         attention(name, longer, MANY_ROWS, **options)
     return made
@@ -379,13 +380,13 @@ def microseconds(graph: torch.cuda.CUDAGraph, replays: int = 5, rounds: int = 5)
     graph.replay()
     times = []
     for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         for _ in range(replays):
             graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / replays)
+        times.append(float(begin.elapsed_time(end)) * 1000 / replays)
     return statistics.median(times)
 
 
