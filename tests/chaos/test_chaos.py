@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -167,3 +168,51 @@ async def stopped(gateway: Gateway) -> None:
     assert await asyncio.to_thread(gateway.end) == 0, gateway.log
     assert gateway.left_behind() == []
     assert "Traceback" not in gateway.log
+
+
+JUMPING_CLOCK = """
+import time
+real, real_ns, began = time.time, time.time_ns, time.monotonic()
+def jump():
+    half_seconds = int((time.monotonic() - began) * 2)
+    return (0, 86_400, -86_400, 3_600)[half_seconds % 4]
+time.time = lambda: real() + jump()
+time.time_ns = lambda: real_ns() + jump() * 10**9
+"""
+
+
+async def test_a_clock_that_jumps_by_days_changes_nothing(byte_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    with serving(byte_model, *ECHO, "--engine-timeout", "20", PYTHONPATH=str(tmp_path)) as gateway:
+        outcomes = await crowd(gateway, 40, tokens=60, over_s=2.0)
+        assert outcomes["finished"] == 40
+        await kill_soon(gateway, "http_process", signal.SIGKILL, 0.0)
+        await until_back(gateway, 1)
+        outcomes = await crowd(gateway, 40, tokens=60, over_s=2.0)
+        assert outcomes["finished"] == 40
+        await check(gateway, outcomes, workers=1, permits=PERMITS, lost=True)
+        days = {line[:10] for line in gateway.log.splitlines() if line[:2] == "20"}
+        assert len(days) > 1, "the clock did jump"
+        await stopped(gateway)
+
+
+async def test_a_model_folder_that_is_swapped_is_used_by_the_next_process(byte_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(byte_model, folder)
+    with serving(folder, *ECHO) as gateway:
+
+        async def swap() -> None:
+            await asyncio.sleep(0.2)
+            folder.rename(tmp_path / "old")
+            await asyncio.sleep(0.2)
+            shutil.copytree(byte_model, folder)
+
+        outcomes = await crowd(gateway, 40, tokens=40, over_s=0.6, meanwhile=swap)
+        assert outcomes["finished"] == 40
+        for times, module in enumerate(("engine_process", "http_process"), 1):
+            await kill_soon(gateway, module, signal.SIGKILL, 0.0)
+            await until_back(gateway, times)
+        outcomes = await crowd(gateway, 40, tokens=40)
+        assert outcomes["finished"] == 40
+        await check(gateway, outcomes, workers=1, permits=PERMITS, lost=True)
+        await stopped(gateway)
