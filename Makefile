@@ -72,8 +72,9 @@ chaos: .venv/dev ## Kill, freeze and overload servers for half an hour, and see 
 contract: .venv/dev ## Run the contract against the CPU backend
 	.venv/bin/tgi-contract cpu
 
-bench: .venv/dev ## Measure the gateway and the prefix cache on this machine
+bench: .venv/dev ## Measure the gateway, the engine host and the prefix cache on this machine
 	.venv/bin/python bench/gateway.py
+	.venv/bin/python bench/host.py
 	.venv/bin/python bench/prefix.py
 
 proto: .venv/pip ## Regenerate the messages of the wire

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import engine
+import host
 import pytest
 from steps import busy_share
+
+from tgi_gateway.wire import engine_pb2 as pb
+from tgi_gateway.wire.codec import encode_step
 
 
 def test_a_quick_run_measures_steps_prefill_and_the_hosts_part(
@@ -29,6 +33,17 @@ def test_a_quick_run_measures_steps_prefill_and_the_hosts_part(
 def test_a_backend_that_is_missing_is_told_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert engine.main(["--backend", "nosuch", "--quick"]) == 1
     assert "nosuch" in capsys.readouterr().err
+
+
+async def test_the_hosts_stages_are_measured_on_steps_that_lose_no_row() -> None:
+    stages, asked = host.Stages(), host.requests(6, 8, 2)
+    steps = host.batcher_steps(stages, asked, 8)
+    assert len(steps) == host.STEPS
+    assert all(sorted(step.request_ids) == sorted(each.request_id for each in asked) for step in steps)
+    await host.host_steps(stages, asked, steps)
+    assert {len(times) for stage, times in stages.times.items() if stage.startswith("wire")} == {host.STEPS}
+    parts = host.decode_all([pb.FromHost(step=encode_step(steps[0], None)).SerializeToString()])
+    assert parts[0].token_ids == steps[0].token_ids
 
 
 def test_busy_time_counts_overlapping_kernels_once(tmp_path: Path) -> None:

@@ -142,22 +142,7 @@ class WireServer:
         if len(workers) == 1:
             # Rows of a worker that has gone may be among them; the receiver does not know their ids and skips them.
             return [(worker, events) for worker in workers.values()]
-        parts: dict[int, StepEvents] = {}
-        logprobs, top = events.logprobs, events.top
-        for row, request_id in enumerate(events.request_ids):
-            part = parts.get(request_id >> WORKER_SHIFT)
-            if part is None:
-                part = parts[request_id >> WORKER_SHIFT] = StepEvents()
-            if row in top:
-                part.top[len(part.request_ids)] = top[row]
-            part.request_ids.append(request_id)
-            part.token_ids.append(events.token_ids[row])
-            part.logprobs.append(logprobs[row])
-        for finished in events.finished:
-            parts.setdefault(finished.request_id >> WORKER_SHIFT, StepEvents()).finished.append(finished)
-        for failed in events.failed:
-            parts.setdefault(failed.request_id >> WORKER_SHIFT, StepEvents()).failed.append(failed)
-        return [(workers[index], part) for index, part in parts.items() if index in workers]
+        return [(workers[index], part) for index, part in split_by_worker(events).items() if index in workers]
 
     @staticmethod
     def _wake(workers: list[_Attached]) -> None:
@@ -292,6 +277,26 @@ class WireServer:
         for request_id in found:
             self._backend.cancel(request_id)
         return pb.CancelReply(cancelled=len(found))
+
+
+def split_by_worker(events: StepEvents) -> dict[int, StepEvents]:
+    """What each worker, by its index, gets of `events`."""
+    parts: dict[int, StepEvents] = {}
+    logprobs, top = events.logprobs, events.top
+    for row, request_id in enumerate(events.request_ids):
+        part = parts.get(request_id >> WORKER_SHIFT)
+        if part is None:
+            part = parts[request_id >> WORKER_SHIFT] = StepEvents()
+        if row in top:
+            part.top[len(part.request_ids)] = top[row]
+        part.request_ids.append(request_id)
+        part.token_ids.append(events.token_ids[row])
+        part.logprobs.append(logprobs[row])
+    for finished in events.finished:
+        parts.setdefault(finished.request_id >> WORKER_SHIFT, StepEvents()).finished.append(finished)
+    for failed in events.failed:
+        parts.setdefault(failed.request_id >> WORKER_SHIFT, StepEvents()).failed.append(failed)
+    return parts
 
 
 def _merge(steps: list[StepEvents]) -> StepEvents:
