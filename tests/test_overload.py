@@ -9,15 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+from chaos import metrics
 from launched import WAIT_S, Gateway, serving, stream
 
 SLOW_S = 1.0
-
-
-def metrics(gateway: Gateway) -> dict[str, float]:
-    """Every sample by name and labels."""
-    lines = httpx.get(f"{gateway.url}/metrics", timeout=WAIT_S).text.splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
 def until(gateway: Gateway, name: str, value: float) -> None:

@@ -50,6 +50,7 @@ _UNGENERATED = {
     429: "Model is overloaded",
     499: "The request was cancelled",
     500: "Incomplete generation",
+    503: "The server is full, stops or has no engine; `Retry-After` says when to come again",
     504: "The request took too long",
 }
 

@@ -343,8 +343,9 @@ class Call:
 
 
 def level_of(error: GatewayError) -> int:
-    """A client's mistake is no error of the server."""
-    return logging.ERROR if error.status in (424, 500, 503) else logging.INFO
+    """Neither a client's mistake nor a full server is an error of the server."""
+    failed = error.status in (424, 500, 503) and not isinstance(error, Overloaded)
+    return logging.ERROR if failed else logging.INFO
 
 
 def duration(seconds: float) -> str:

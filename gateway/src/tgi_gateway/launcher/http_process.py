@@ -84,11 +84,22 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     chat_template = ChatTemplate.from_folder(folder, settings.tokenizer_config_path)
     # However long the model takes: the launcher ends this process if the engine fails.
     await _until(Path(assignment.socket_path).is_socket)
+    services: Services | None = None  # the engine may go away before the rest is made
+
+    def lost(_why: str) -> None:
+        if services is not None:
+            services.metrics.engine(up=False)
+
+    def attached(info: ModelInfo) -> None:
+        if services is not None:
+            services.serve(info)
+            services.metrics.engine(up=True)
+
     backend = RemoteBackend(
         Path(assignment.socket_path),
         worker=assignment.worker,
         connect_timeout_s=None,
-        on_lost=lambda _: services.metrics.engine(up=False),
+        on_lost=lost,
     )
     generations = Generations(backend, worker=assignment.worker, restarts=assignment.restarts)
     generations.bind(asyncio.get_running_loop())
@@ -109,11 +120,6 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
         reachable=lambda: backend.attached,
         tracing=Tracing.of(settings, assignment.process),
     )
-
-    def attached(info: ModelInfo) -> None:
-        services.serve(info)
-        services.metrics.engine(up=True)
-
     backend.when_attached(attached)
     config = uvicorn.Config(
         create_app(services),
