@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, get_args, runtime_checkable
 
-from tgi_gateway.errors import Unsupported
+from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.types import Request, StepEvents
 
 API_VERSION = 1
@@ -217,6 +217,17 @@ class ModelFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that a backend needs of the machine, for `tgi-gateway doctor`."""
+
+    name: str
+    found: str
+    """What is there: a version, a path, or that there is none."""
+    problem: str | None = None
+    """None if that will do; else what for it is needed, and the command that mends it."""
+
+
+@dataclass(frozen=True, slots=True)
 class BackendPlugin:
     """What a distribution registers. Importing the module that makes it must import no heavy runtime."""
 
@@ -226,7 +237,7 @@ class BackendPlugin:
     create: Callable[[EngineOptions], Backend]
     """Called in the engine host process; heavy imports happen in here."""
     missing: Callable[[], str | None] = lambda: None
-    """None if this machine can run it; else what is missing and how to get it."""
+    """None if this machine can run it; else what is missing and how to get it. Imports no runtime."""
     flags: tuple[Flag, ...] = ()
     needs_model: bool = True
     """False for engines without weights (echo): any tokenizer folder will do."""
@@ -240,6 +251,9 @@ class BackendPlugin:
     """Format -> what writes it, from a model's folder to a file, as a type of that format (None: its usual one)."""
     api_version: int = 1
     """The version that the plug-in was written for: a number in its own source, not the gateway's `API_VERSION`."""
+    checks: Callable[[], Sequence[Check]] = tuple
+    """For `tgi-gateway doctor`: driver, compiler, devices. Python and packages it reads from the metadata. May be slow
+    and may import the runtime; see `tgi_gateway.doctor` for ready-made ones."""
 
 
 def required_features(request: Request) -> set[Feature]:
@@ -276,3 +290,23 @@ def refuse_unsupported(request: Request, capabilities: Capabilities) -> None:
         raise Unsupported(
             f"`top_n_tokens` is {request.top_n_tokens}; this engine reports at most {capabilities.max_top_n_tokens}"
         )
+
+
+def check_request(request: Request, capabilities: Capabilities, model: ModelInfo) -> None:
+    """What every engine asks of a request before it runs: raise `ValidationError` for what it cannot honour.
+
+    `Unsupported` names features that are not declared; the rest are the limits in `model`.
+    """
+    refuse_unsupported(request, capabilities)
+    prompt, new = len(request.input_ids), request.stop.max_new_tokens
+    if not 1 <= prompt <= model.max_input_tokens:
+        raise ValidationError(f"the prompt has {prompt} tokens; allowed are 1 to {model.max_input_tokens}")
+    if new < 1:
+        raise ValidationError(f"`max_new_tokens` is {new}; it must be at least 1")
+    limit = min(model.max_total_tokens, model.max_batch_total_tokens)
+    if prompt + new > limit:
+        raise ValidationError(f"prompt ({prompt}) and `max_new_tokens` ({new}) exceed {limit} tokens")
+    if request.sampling.do_sample and not request.sampling.temperature > 0:
+        raise ValidationError(f"`temperature` is {request.sampling.temperature}; it must be above 0")
+    if not all(0 <= token_id < model.vocab_size for token_id in request.input_ids):
+        raise ValidationError(f"the prompt has token ids outside the vocabulary of {model.vocab_size}")

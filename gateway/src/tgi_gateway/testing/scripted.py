@@ -21,8 +21,9 @@ from typing import Literal
 
 from tgi_gateway.backend import Capabilities, Feature, ModelInfo
 from tgi_gateway.errors import BackendFailed, ValidationError
+from tgi_gateway.stepping import HEALTH_TIMEOUT_S, Row
 from tgi_gateway.testing import distribution
-from tgi_gateway.testing.echo import HEALTH_TIMEOUT_S, EchoBackend, Sequence, toy_model
+from tgi_gateway.testing.echo import EchoBackend, toy_model
 from tgi_gateway.types import NO_LOGPROB, Request, Token
 
 SCRIPTED_CAPABILITIES = Capabilities(
@@ -92,9 +93,9 @@ class ScriptedBackend(EchoBackend):
         self._find = lru_cache(maxsize=1024)(self._first_that_fits)
         self._hangs = False
 
-    def expected_token(self, sequence: Sequence) -> int:
+    def expected_token(self, row: Row) -> int:
         """The script's token; see the first page for what follows the last one."""
-        script, at = self._script(sequence), len(sequence.output)
+        script, at = self._script(row), len(row.output)
         if at < len(script.tokens):
             return script.tokens[at].token_id
         match script.then:
@@ -106,10 +107,10 @@ class ScriptedBackend(EchoBackend):
                 return self.model.eos_token_ids[0]
         return script.tokens[at % len(script.tokens)].token_id
 
-    def next_token(self, sequence: Sequence) -> Token:
-        request, vocab_size = sequence.request, self.model.vocab_size
-        token_id = self.expected_token(sequence)
-        scripted = self._scripted_token(sequence)
+    def next_token(self, row: Row) -> Token:
+        request, vocab_size = row.request, self.model.vocab_size
+        token_id = self.expected_token(row)
+        scripted = self._scripted_token(row)
         logprob = distribution.logprob(token_id, token_id, vocab_size)
         top = distribution.most_likely(token_id, request.top_n_tokens, vocab_size)
         if scripted is not None:
@@ -117,23 +118,23 @@ class ScriptedBackend(EchoBackend):
             top = scripted.top[: request.top_n_tokens] or top
         return Token(request.request_id, token_id, logprob if request.logprobs else NO_LOGPROB, top)
 
-    def delay_s(self, sequence: Sequence) -> float:
-        if len(sequence.output) >= len(self._script(sequence).tokens) and self._script(sequence).then == "hang":
+    def delay_s(self, row: Row) -> float:
+        if len(row.output) >= len(self._script(row).tokens) and self._script(row).then == "hang":
             self._hangs = True
-        scripted = self._scripted_token(sequence)
+        scripted = self._scripted_token(row)
         return 0.0 if scripted is None else scripted.delay_s
 
-    def _script(self, sequence: Sequence) -> Script:
-        script = self._find(sequence.request.input_ids)
+    def _script(self, row: Row) -> Script:
+        script = self._find(row.request.input_ids)
         assert script is not None, "_check comes first"
         return script
 
-    def _scripted_token(self, sequence: Sequence) -> ScriptedToken | None:
+    def _scripted_token(self, row: Row) -> ScriptedToken | None:
         """None after the script's last token."""
-        tokens, at = self._script(sequence).tokens, len(sequence.output)
+        tokens, at = self._script(row).tokens, len(row.output)
         if at < len(tokens):
             return tokens[at]
-        return tokens[at % len(tokens)] if self._script(sequence).then == "repeat" else None
+        return tokens[at % len(tokens)] if self._script(row).then == "repeat" else None
 
     def _first_that_fits(self, prompt: tuple[int, ...]) -> Script | None:
         return next((script for script in self._scripts if script.fits(prompt)), None)
