@@ -71,7 +71,7 @@ def _serve(argv: list[str]) -> int:
 
 
 def _backends(argv: list[str]) -> int:
-    from tgi_gateway import plugins
+    from tgi_gateway import doctor, plugins
     from tgi_gateway.errors import SettingsError
 
     if any(argument in HELP for argument in argv):
@@ -85,9 +85,10 @@ def _backends(argv: list[str]) -> int:
     found = plugins.installed()
     rows = [("NAME", "VERSION", "DISTRIBUTION", "STATUS", "SUMMARY")]
     for item in found:
-        status = (
-            "broken" if item.plugin is None else "ready" if _missing(item.plugin) is None else "not on this machine"
-        )
+        if item.plugin is None:
+            status = "broken"
+        else:
+            status = "ready" if doctor.missing_here(item.plugin) is None else "not on this machine"
         rows.append(
             (
                 item.name,
@@ -110,24 +111,28 @@ def _backends(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    from tgi_gateway import plugins
+    from tgi_gateway import doctor, plugins
     from tgi_gateway.errors import SettingsError
 
     if not argv or argv[0] in HELP:
         print(
-            "usage: tgi-gateway doctor NAME\n\nSay whether backend NAME can run on this machine, and what is missing."
+            "usage: tgi-gateway doctor NAME\n\nSay whether backend NAME can run on this machine: what it needs, what "
+            "was found, and what to install."
         )
         return 0 if argv else 2
     if len(argv) > 1:
         raise SettingsError(f"`tgi-gateway doctor` takes one backend, got {' '.join(argv)}")
     plugin = plugins.load(argv[0])
     print(f"{plugin.name}: {plugin.summary}")
-    missing = _missing(plugin)
-    if missing is not None:
-        print(f"cannot run here: {missing}")
-        return 1
-    print("can run here")
-    return 0
+    checks = doctor.examine(plugin, plugins.distribution_of(plugin.name))
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"  {'ok     ' if check.problem is None else 'MISSING'}  {check.name.ljust(width)}  {check.found}")
+        if check.problem is not None:
+            print(f"           {check.problem}")
+    problems = sum(check.problem is not None for check in checks)
+    print(f"cannot run here: {problems} of {len(checks)} checks failed" if problems else "can run here")
+    return 1 if problems else 0
 
 
 def _download(argv: list[str]) -> int:
@@ -182,18 +187,8 @@ def _top(argv: list[str]) -> int:
     return 0
 
 
-def _missing(plugin: object) -> str | None:
-    """What the plug-in says is missing here; a check that fails is an answer too."""
-    from tgi_gateway.backend import BackendPlugin
-
-    assert isinstance(plugin, BackendPlugin)
-    try:
-        return plugin.missing()
-    except Exception as error:  # third-party code that probes hardware
-        return f"its check failed: {type(error).__name__}: {error}"
-
-
 def _details(item: object, *, verbose: bool) -> list[str]:
+    from tgi_gateway import doctor
     from tgi_gateway.plugins import Installed
 
     assert isinstance(item, Installed)
@@ -209,6 +204,6 @@ def _details(item: object, *, verbose: bool) -> list[str]:
         return capabilities
     return [
         *capabilities,
-        f"missing here: {_missing(item.plugin) or 'nothing'}",
+        f"missing here: {doctor.missing_here(item.plugin) or 'nothing'}",
         *(f"flag: {flag.name} ({flag.help} Default: {flag.default})" for flag in item.plugin.flags),
     ]

@@ -39,6 +39,13 @@ def load(name: str) -> BackendPlugin:
     return _load(points[0])
 
 
+def distribution_of(name: str) -> str:
+    """The distribution that registered the backend `name`."""
+    point = next(point for point in _entry_points() if point.name == name)
+    assert point.dist is not None, "importlib.metadata found it in a distribution"
+    return point.dist.name
+
+
 def installed() -> list[Installed]:
     """Every registered backend; a broken one is listed with its problem."""
     found = []

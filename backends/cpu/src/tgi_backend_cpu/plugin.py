@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, EngineOptions
+from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, Check, EngineOptions
 from tgi_gateway.hooks import hookimpl
 from tgi_model_server.machine import rounds_alike
 
@@ -31,6 +31,20 @@ def missing() -> str | None:
     return None
 
 
+def checks() -> list[Check]:
+    """What decides how fast it is here."""
+    import torch
+
+    from tgi_model_server import machine
+
+    available, total = (f"{size / 2**30:.1f} GiB" for size in (machine.available_bytes(), machine.total_bytes()))
+    return [
+        Check("instructions", torch.backends.cpu.get_cpu_capability()),
+        Check("cores", f"{machine.usable_cores()} for the engine"),
+        Check("memory", f"{available} available of {total}"),
+    ]
+
+
 @hookimpl
 def tgi_backend() -> BackendPlugin:
-    return BackendPlugin("cpu", "PyTorch on CPU cores: the reference", CAPABILITIES, create, missing)
+    return BackendPlugin("cpu", "PyTorch on CPU cores: the reference", CAPABILITIES, create, missing, checks=checks)
