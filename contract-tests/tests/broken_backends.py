@@ -7,15 +7,21 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+from queue import SimpleQueue
 from typing import ClassVar
 
+import pytest
+
 from tgi_contract_tests import BackendContract
+from tgi_contract_tests.engine import Engine
 from tgi_contract_tests.groups.grammars import BROKEN, GRAMMARS
 from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo
 from tgi_gateway.errors import GatewayError, ValidationError
+from tgi_gateway.stepping import Row
 from tgi_gateway.testing import EchoBackend, toy_model
-from tgi_gateway.testing.echo import Sequence
-from tgi_gateway.types import NO_LOGPROB, Failed, FinishReason, Grammar, Request, StepEvents, Token
+from tgi_gateway.types import NO_LOGPROB, Failed, Finished, FinishReason, Grammar, Request, StepEvents, Token
 
 MODEL = toy_model(vocab_size=1000, eos_token_ids=(2,), max_total_tokens=96, max_sequences=4)
 
@@ -23,8 +29,17 @@ MODEL = toy_model(vocab_size=1000, eos_token_ids=(2,), max_total_tokens=96, max_
 class Sound(EchoBackend):
     """No defect: a place to put one. `spoil` sees each step before the gateway does."""
 
+    through_http: ClassVar[bool] = False
+    """Whether the HTTP surface is run too: its tests notice most defects, at the cost of a whole application each."""
+    hangs = False
+
     def __init__(self) -> None:
-        super().__init__(MODEL)
+        super().__init__(MODEL, health_timeout_s=0.5)
+
+    async def _until_there_is_work(self) -> None:
+        await super()._until_there_is_work()
+        if self.hangs:
+            await self._loop.create_future()
 
     def _step(self, events: StepEvents, now: float) -> None:
         time.sleep(0.0002)  # slow enough to be cancelled, and finer than the event loop's timer
@@ -92,7 +107,24 @@ class CountsOneTooMany(Sound):
         return step
 
 
+class SoundThroughHttp(Sound):
+    through_http = True
+
+
+class RefusesStopStrings(Sound):
+    """They are the gateway's business: an engine takes them and looks at none."""
+
+    through_http = True
+
+    def _check(self, request: Request) -> None:
+        super()._check(request)
+        if request.stop.stop_strings:
+            raise ValidationError("stop strings are not supported")
+
+
 class LeaksOnCancel(Sound):
+    through_http = True
+
     def _take_inbox(self, events: StepEvents) -> None:
         free = self._free_kv_tokens
         super()._take_inbox(events)
@@ -115,6 +147,91 @@ class CancelsLate(Sound):
             super()._take_inbox(events)
 
 
+class FreesLate(Sound):
+    """What a cancelled request held comes back sixteen steps later, or when nothing runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._owed: list[int] = []
+
+    def _step(self, events: StepEvents, now: float) -> None:
+        super()._step(events, now)
+        self._owed = [left - 1 for left in self._owed if left > 1]
+
+    def spoil(self, step: StepEvents) -> StepEvents:
+        self._owed += [16 for each in step.finished if each.reason == "cancelled"]
+        return step
+
+    def capacity(self) -> Capacity:
+        now = super().capacity()
+        return replace(now, free_sequences=max(0, now.free_sequences - len(self._owed))) if self._running else now
+
+
+class SendsFortyTokensAtATime(Sound):
+    """Streams in name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = StepEvents()
+
+    async def start(self, emit: Emit) -> ModelInfo:
+        def emit_rarely(step: StepEvents) -> None:
+            kept = self._kept = StepEvents.pack([*self._kept.events(), *step.events()])
+            if len(kept.request_ids) >= 40 or kept.finished or kept.failed:
+                self._kept = StepEvents()
+                emit(kept)
+
+        return await EchoBackend.start(self, emit_rarely)
+
+
+class SwapsTwoTokens(Sound):
+    """As speculation does that emits its rows in the wrong order."""
+
+    def expected_token(self, row: Row) -> int:
+        swapped = {10: 11, 11: 10} if row.request.stop.max_new_tokens > 17 else {}
+        at = swapped.get(len(row.output), len(row.output))
+        return row.request.input_ids[at % len(row.request.input_ids)]
+
+
+class LosesWhatASlowGatewayMisses(Sound):
+    """Sends a step's tokens only to a gateway that took the ones before in time."""
+
+    async def start(self, emit: Emit) -> ModelInfo:
+        slow = 0
+
+        def emit_in_time(step: StepEvents) -> None:
+            nonlocal slow
+            if slow >= 6 and not (step.finished or step.failed):
+                slow = 0
+                return
+            began = time.monotonic()
+            emit(step)
+            slow = slow + 1 if time.monotonic() - began > 0.003 else 0
+
+        return await EchoBackend.start(self, emit_in_time)
+
+
+class RunsAhead(Sound):
+    """Hands its steps to a thread that tells the gateway, however far that lags behind."""
+
+    async def start(self, emit: Emit) -> ModelInfo:
+        told: SimpleQueue[StepEvents] = SimpleQueue()
+
+        def tell() -> None:
+            while True:
+                emit(told.get())
+
+        threading.Thread(target=tell, daemon=True).start()
+        return await EchoBackend.start(self, told.put)
+
+
+class NewestFirst(Sound):
+    def _admit(self) -> None:
+        self._waiting = dict(reversed(self._waiting.items()))
+        super()._admit()
+        self._waiting = dict(reversed(self._waiting.items()))
+
+
 class CancelledIsAnError(Sound):
     def spoil(self, step: StepEvents) -> StepEvents:
         for each in [each for each in step.finished if each.reason == "cancelled"]:
@@ -124,41 +241,41 @@ class CancelledIsAnError(Sound):
 
 
 class IgnoresStopTokens(Sound):
-    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
-        reason = super()._stop_reason(sequence)
+    def _stop_reason(self, row: Row) -> FinishReason | None:
+        reason = super()._stop_reason(row)
         return None if reason == "stop_sequence" else reason
 
 
 class EndOfSequenceBeforeLength(Sound):
-    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
-        ends = sequence.output[-1] in self.model.eos_token_ids and not sequence.request.stop.ignore_eos
-        return "eos_token" if ends else super()._stop_reason(sequence)
+    def _stop_reason(self, row: Row) -> FinishReason | None:
+        ends = row.output[-1] in self.model.eos_token_ids and not row.request.stop.ignore_eos
+        return "eos_token" if ends else super()._stop_reason(row)
 
 
 class EndsEarly(Sound):
     """Ends at end-of-sequence even when told to ignore it."""
 
-    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
-        return super()._stop_reason(sequence) or ("length" if sequence.output[-1] in self.model.eos_token_ids else None)
+    def _stop_reason(self, row: Row) -> FinishReason | None:
+        return super()._stop_reason(row) or ("length" if row.output[-1] in self.model.eos_token_ids else None)
 
 
 class IgnoresMinNewTokens(Sound):
-    def next_token(self, sequence: Sequence) -> Token:
-        request = sequence.request
+    def next_token(self, row: Row) -> Token:
+        request = row.request
         stop = replace(request.stop, min_new_tokens=0)
-        return super().next_token(replace(sequence, request=replace(request, stop=stop)))
+        return super().next_token(replace(row, request=replace(request, stop=stop)))
 
 
 class DependsOnBatchMates(Sound):
-    def expected_token(self, sequence: Sequence) -> int:
-        return (super().expected_token(sequence) + len(self._running) - 1) % self.model.vocab_size
+    def expected_token(self, row: Row) -> int:
+        return (super().expected_token(row) + len(self._running) - 1) % self.model.vocab_size
 
 
 class IgnoresSeed(Sound):
-    def next_token(self, sequence: Sequence) -> Token:
-        request = sequence.request
+    def next_token(self, row: Row) -> Token:
+        request = row.request
         sampling = replace(request.sampling, seed=0)
-        return super().next_token(replace(sequence, request=replace(request, sampling=sampling)))
+        return super().next_token(replace(row, request=replace(request, sampling=sampling)))
 
 
 class DrawsFromOneGenerator(Sound):
@@ -168,10 +285,10 @@ class DrawsFromOneGenerator(Sound):
         super().__init__()
         self._random = random.Random(0)
 
-    def next_token(self, sequence: Sequence) -> Token:
-        request = sequence.request
+    def next_token(self, row: Row) -> Token:
+        request = row.request
         sampling = replace(request.sampling, seed=self._random.getrandbits(32))
-        return super().next_token(replace(sequence, request=replace(request, sampling=sampling)))
+        return super().next_token(replace(row, request=replace(request, sampling=sampling)))
 
 
 class PromisesTooMuchMemory(Sound):
@@ -179,8 +296,8 @@ class PromisesTooMuchMemory(Sound):
 
     def _admit(self) -> None:
         super()._admit()
-        for request_id, sequence in list(self._running.items()):
-            if self._free_kv_tokens < self.model.max_batch_total_tokens // 4 and not sequence.output:
+        for request_id, row in list(self._running.items()):
+            if self._free_kv_tokens < self.model.max_batch_total_tokens // 4 and not row.output:
                 self._remove(request_id)
                 self._fail([request_id], GatewayError("out of memory"))
 
@@ -281,27 +398,36 @@ class CapacityCountsTheQueue(Sound):
 
 
 class NanLogprobs(Sound):
-    def next_token(self, sequence: Sequence) -> Token:
-        return replace(super().next_token(sequence), logprob=NO_LOGPROB)
+    def next_token(self, row: Row) -> Token:
+        return replace(super().next_token(row), logprob=NO_LOGPROB)
+
+
+class TopAfterTemperature(Sound):
+    """`top` of the distribution that it drew from."""
+
+    def next_token(self, row: Row) -> Token:
+        token, sampling = super().next_token(row), row.request.sampling
+        heat = sampling.temperature if sampling.do_sample else 1.0
+        return replace(token, top=tuple((token_id, logprob / heat) for token_id, logprob in token.top))
 
 
 class TopIsUnsorted(Sound):
-    def next_token(self, sequence: Sequence) -> Token:
-        token = super().next_token(sequence)
+    def next_token(self, row: Row) -> Token:
+        token = super().next_token(row)
         return replace(token, top=token.top[::-1])
 
 
 class LogprobsAfterTemperature(Sound):
     """Those of the distribution it drew from, not of the model's own."""
 
-    def next_token(self, sequence: Sequence) -> Token:
-        token = super().next_token(sequence)
+    def next_token(self, row: Row) -> Token:
+        token = super().next_token(row)
         return replace(token, logprob=0.0)
 
 
 class PromptLogprobsWithoutTheFirst(Sound):
-    def _prompt_logprobs(self, request: Request) -> tuple[float, ...]:
-        return super()._prompt_logprobs(request)[1:]
+    def prompt_logprobs(self, row: Row) -> tuple[float, ...]:
+        return super().prompt_logprobs(row)[1:]
 
 
 class StepsOverlap(Sound):
@@ -317,6 +443,113 @@ class StepsOverlap(Sound):
             events.top.clear()
             threading.Thread(target=self._emit, args=(copy,), daemon=True).start()
             time.sleep(0.001)
+
+
+class LeavesAThreadBehind(Sound):
+    async def start(self, emit: Emit) -> ModelInfo:
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return await super().start(emit)
+
+
+class MakesUpCachedTokens(Sound):
+    def spoil(self, step: StepEvents) -> StepEvents:
+        step.finished[:] = [replace(each, usage=replace(each.usage, cached_tokens=1)) for each in step.finished]
+        return step
+
+
+class CachesPrefixes(Sound):
+    """No defect: it remembers the prompts that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._capabilities = replace(self._capabilities, prefix_cache=True)
+        self._seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def found(self, request: Request) -> int:
+        """How many tokens of its prompt are cached."""
+        prompts = (prompt for key, prompt in self._seen if key == self.key(request))
+        mine = request.input_ids[:-1]
+        same = (takewhile(lambda pair: pair[0] == pair[1], zip(prompt, mine, strict=False)) for prompt in prompts)
+        return max((len(list(each)) for each in same), default=0)
+
+    def key(self, request: Request) -> str:
+        return request.cache_salt
+
+    def _finished(self, row: Row, reason: FinishReason) -> Finished:
+        cached = self.found(row.request)
+        self._seen.append((self.key(row.request), row.request.input_ids))
+        finished = super()._finished(row, reason)
+        return replace(finished, usage=replace(finished.usage, cached_tokens=cached))
+
+
+class SharesPrefixesOfAllSalts(CachesPrefixes):
+    def key(self, request: Request) -> str:  # noqa: ARG002
+        return ""
+
+
+class SaysNothingOfItsCache(CachesPrefixes):
+    def found(self, request: Request) -> int:  # noqa: ARG002
+        return 0
+
+
+class UsesWholePagesOfPrefix(CachesPrefixes):
+    """Of pages of 16 tokens it compares the first one."""
+
+    def found(self, request: Request) -> int:
+        return min(-(-super().found(request) // 16) * 16, len(request.input_ids) - 1)
+
+
+class WarmPrefixIsOffByOne(CachesPrefixes):
+    def expected_token(self, row: Row) -> int:
+        return (super().expected_token(row) + (self.found(row.request) > 16)) % self.model.vocab_size
+
+
+ADAPTER = "contract"
+
+
+class KnowsAnAdapter(CachesPrefixes):
+    """No defect: with the adapter, each token is the one after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._capabilities = replace(self._capabilities, features=self._capabilities.features | {"lora"})
+
+    def _check(self, request: Request) -> None:
+        super()._check(request)
+        if request.adapter_id not in (None, ADAPTER):
+            raise ValidationError(f"there is no adapter {request.adapter_id}")
+
+    def expected_token(self, row: Row) -> int:
+        return (super().expected_token(row) + self.shift(row)) % self.model.vocab_size
+
+    def shift(self, row: Row) -> int:
+        return int(row.request.adapter_id is not None)
+
+    def key(self, request: Request) -> str:
+        return f"{request.adapter_id} {request.cache_salt}"
+
+
+class IgnoresTheAdapter(KnowsAnAdapter):
+    def shift(self, row: Row) -> int:  # noqa: ARG002
+        return 0
+
+
+class AdaptsTheWholeBatch(KnowsAnAdapter):
+    def shift(self, row: Row) -> int:  # noqa: ARG002
+        return int(any(each.request.adapter_id is not None for each in self._running.values()))
+
+
+class UnknownAdapterIsTheModel(KnowsAnAdapter):
+    def _check(self, request: Request) -> None:
+        CachesPrefixes._check(self, request)
+
+    def shift(self, row: Row) -> int:
+        return int(row.request.adapter_id == ADAPTER)
+
+
+class AdapterSharesPrefixes(KnowsAnAdapter):
+    def key(self, request: Request) -> str:
+        return request.cache_salt
 
 
 class ModelInfoContradictsItself(Sound):
@@ -347,21 +580,21 @@ class KnowsGrammars(Sound):
         if request.sampling.grammar in BROKEN:
             raise ValidationError("grammar is not valid")
 
-    def next_token(self, sequence: Sequence) -> Token:
-        grammar = sequence.request.sampling.grammar
+    def next_token(self, row: Row) -> Token:
+        grammar = row.request.sampling.grammar
         if grammar is None:
-            return super().next_token(sequence)
+            return super().next_token(row)
         answer = self.answer(grammar)
-        at = len(sequence.output)
-        return Token(sequence.request.request_id, ord(answer[at]) if at < len(answer) else 2, -0.5)
+        at = len(row.output)
+        return Token(row.request.request_id, ord(answer[at]) if at < len(answer) else 2, -0.5)
 
     def answer(self, grammar: Grammar) -> str:
         return self.ANSWERS[grammar.kind] if grammar in KNOWN else "a" * self.model.max_total_tokens
 
 
 class IgnoresGrammars(KnowsGrammars):
-    def next_token(self, sequence: Sequence) -> Token:
-        return Sound.next_token(self, sequence)
+    def next_token(self, row: Row) -> Token:
+        return Sound.next_token(self, row)
 
 
 class StopsOneTokenEarly(KnowsGrammars):
@@ -375,10 +608,10 @@ class GeneratesBeforeItCompiles(KnowsGrammars):
     def _check(self, request: Request) -> None:
         Sound._check(self, request)
 
-    def next_token(self, sequence: Sequence) -> Token:
-        if sequence.request.sampling.grammar in BROKEN and sequence.output:
+    def next_token(self, row: Row) -> Token:
+        if row.request.sampling.grammar in BROKEN and row.output:
             raise ValidationError("grammar is not valid")
-        return super().next_token(sequence)
+        return super().next_token(row)
 
 
 class BadGrammarsFailTheBatch(KnowsGrammars):
@@ -393,8 +626,9 @@ class BadGrammarsFailTheBatch(KnowsGrammars):
 class _Contract(BackendContract):
     """The contract over the class that `defect` names."""
 
-    patience_s = 1.0
+    patience_s = 4.0
     end_prompt = (5, 6, 2, 7)
+    adapter = (ADAPTER, Path("none"))
     defect: ClassVar[type[Sound]] = Sound
 
     def make(self) -> Backend:
@@ -402,6 +636,15 @@ class _Contract(BackendContract):
 
     def text_of(self, token_ids: Iterable[int]) -> str:
         return "".join(chr(token) for token in token_ids if token != 2)
+
+    def tokenizer_files(self, engine: Engine, folder: Path) -> Path:
+        if not self.defect.through_http:
+            pytest.skip("the defect does not show there")
+        return super().tokenizer_files(engine, folder)
+
+    def hang(self, backend: Backend) -> None:
+        assert isinstance(backend, Sound)
+        backend.hangs = True
 
     def kill(self, backend: Backend) -> None:
         assert isinstance(backend, EchoBackend)

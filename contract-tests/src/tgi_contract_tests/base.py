@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +20,9 @@ from tgi_contract_tests.rules import Rule, broken, demand
 from tgi_gateway import plugins
 from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, Feature
 from tgi_gateway.errors import PluginError
+from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
+from tgi_gateway.testing import worker
 from tgi_gateway.types import Request, SamplingParams, StopRules
 
 _ids = itertools.count(1)
@@ -41,6 +44,8 @@ class ContractBase(KnownFailures):
     """How long an engine may make no progress, start-up included, before the test fails."""
     tokens_after_cancel: ClassVar[int] = 4
     """Steps that may be under way when a cancel arrives."""
+    adapter: ClassVar[tuple[str, Path] | None] = None
+    """Name and folder (or file) of a LoRA adapter of the model, for engines that declare `lora`."""
     end_prompt: ClassVar[tuple[int, ...] | None] = None
     """A prompt that the model answers with end-of-sequence within 32 tokens; found by trial if None."""
 
@@ -54,9 +59,28 @@ class ContractBase(KnownFailures):
             pytest.skip("the model has no tokenizer.json, and the class under test does not override `text_of`")
         return Tokenizer.from_folder(self.model).decode(list(token_ids))
 
+    def tokenizer_files(self, engine: Engine, folder: Path) -> Path:
+        """A folder for the HTTP surface with tokenizer and chat template: the model's own, as far as it has them.
+
+        What it lacks is made in `folder`: one token per byte, so that any engine understands it.
+        """
+        own = self.model is not None and (self.model / "tokenizer.json").is_file()
+        if self.model is not None and own and ChatTemplate.from_folder(self.model) is not None:
+            return self.model
+        if not own and engine.model.vocab_size < worker.VOCAB_SIZE:
+            pytest.skip(f"the model has no tokenizer.json, and a vocabulary of less than {worker.VOCAB_SIZE}")
+        worker.write_byte_model(folder)
+        if self.model is not None and own:
+            shutil.copy(self.model / "tokenizer.json", folder)
+        return folder
+
     def kill(self, backend: Backend) -> None:  # noqa: ARG002
         """Override to make a running engine die as it would on a device error."""
         pytest.skip("the class under test does not say how to kill its engine: override `kill`")
+
+    def hang(self, backend: Backend) -> None:  # noqa: ARG002
+        """Override to make a running engine hang in its next step, as it would on a device that does not answer."""
+        pytest.skip("the class under test does not say how to make its engine hang: override `hang`")
 
     def plugin(self) -> BackendPlugin:
         if self.backend is None:
@@ -72,6 +96,8 @@ class ContractBase(KnownFailures):
     def engine_options(self) -> EngineOptions:
         """Small limits, so that tests can reach them."""
         sizes: dict[str, Any] = {"max_total_tokens": 256, "max_batch_size": 4, "max_batch_total_tokens": 1024}
+        if self.adapter is not None:
+            sizes["lora_adapters"] = (f"{self.adapter[0]}={self.adapter[1]}",)
         sizes |= self.options
         model = self.model if self.model is not None else Path()
         return EngineOptions(model_path=model, model_id=self.model_id, **sizes)

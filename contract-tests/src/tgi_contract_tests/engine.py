@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tgi_contract_tests.rules import Rule, broken, demand
-from tgi_gateway.backend import Backend, Capacity, ModelInfo
+from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo
 from tgi_gateway.errors import GatewayError, Unhealthy
 from tgi_gateway.types import Event, Failed, Finished, Request, StepEvents, Token
 
@@ -63,6 +63,8 @@ class Engine:
         self.overlaps = 0
         """Emits that began before the one before had returned."""
         self.on_emit: Callable[[StepEvents], None] | None = None
+        self.guests: dict[int, Guest] = {}
+        """Who submitted a request that is not ours."""
         self._model: ModelInfo | None = None
         self._changed = threading.Condition()
         self._emitting = threading.Lock()
@@ -228,28 +230,75 @@ class Engine:
             with self._changed:
                 self.overlaps += not alone
                 self.steps.append(step)
-                for event in step.events():
-                    self._record(event)
+                strange = [event for event in step.events() if not self._record(event)]
                 self._changed.notify_all()
+            for guest in {self.guests[event.request_id] for event in strange if event.request_id in self.guests}:
+                guest.take(strange)
+            self.strangers += [event for event in strange if event.request_id not in self.guests]
             if self.on_emit is not None:
                 self.on_emit(step)
         finally:
             if alone:
                 self._emitting.release()
 
-    def _record(self, event: Event) -> None:
+    def _record(self, event: Event) -> bool:
+        """False if the event belongs to no request of ours."""
         answer = self.answers.get(event.request_id)
         match event:
             case _ if answer is None:
-                self.strangers.append(event)
+                return False
             case Token():
                 (answer.late if answer.ended else answer.tokens).append(event)
             case _:
                 answer.endings.append(event)
+        return True
 
     def _turn(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
+
+
+class Guest(Backend):
+    """The running backend as somebody else's: requests go straight to it, and their events come back here."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._emit: Emit | None = None
+        self._leaving = threading.Lock()
+
+    def take(self, events: list[Event]) -> None:
+        """In the engine's thread."""
+        with self._leaving:
+            mine = [event for event in events if self._engine.guests.get(event.request_id) is self]
+            if self._emit is not None:
+                self._emit(StepEvents.pack(mine))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._engine.backend.capabilities
+
+    async def start(self, emit: Emit) -> ModelInfo:
+        self._emit = emit
+        return self._engine.model
+
+    def submit(self, request: Request) -> None:
+        self._engine.guests[request.request_id] = self
+        self._engine.backend.submit(request)
+
+    def cancel(self, request_id: int) -> None:
+        self._engine.backend.cancel(request_id)
+
+    def capacity(self) -> Capacity:
+        return self._engine.backend.capacity()
+
+    async def health(self) -> None:
+        # The backend lives in the loop that started it.
+        await asyncio.to_thread(self._engine.wait_for, self._engine.backend.health(), "health", "health")
+
+    async def stop(self, drain_s: float) -> None:  # noqa: ARG002
+        """The guest leaves, and hears nothing more; the engine goes on."""
+        with self._leaving:
+            self._emit = None
 
 
 async def _coroutine(work: Awaitable[T]) -> T:

@@ -28,6 +28,10 @@ Rule = Literal[
     "imports",
     "threads",
     "drain",
+    "back-pressure",
+    "re-entrancy",
+    "lora",
+    "http",
 ]
 
 RULES: dict[Rule, str] = {
@@ -52,6 +56,10 @@ RULES: dict[Rule, str] = {
     "imports": "loading the plug-in imports no heavy runtime; that happens in `BackendPlugin.create` or in `start`",
     "threads": "`submit`, `cancel` and `capacity` return at once, raise nothing, and may be called from any thread",
     "drain": "`stop` lets open requests finish for `drain_s` seconds and fails the rest",
+    "back-pressure": "an engine waits for a slow `emit`: it loses nothing and does not run ahead of it",
+    "re-entrancy": "the plug-in is loaded in every process: it says the same in each and changes nothing there",
+    "lora": "an adapter changes its own requests and no other; an unknown one is refused",
+    "http": "the gateway's HTTP surface works on top of the backend: native and chat answers have their golden shapes",
 }
 
 DeviceRule = Literal["facts", "memory-figures", "kv-layout", "ops", "attention", "plan", "buckets"]

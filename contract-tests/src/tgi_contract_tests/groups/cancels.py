@@ -7,7 +7,7 @@ import pytest
 from tgi_contract_tests.base import ContractBase
 from tgi_contract_tests.engine import Answer, Engine
 from tgi_contract_tests.rules import demand
-from tgi_gateway.types import Finished
+from tgi_gateway.types import Finished, StepEvents
 
 
 class Cancels(ContractBase):
@@ -26,6 +26,39 @@ class Cancels(ContractBase):
             more <= self.tokens_after_cancel,
             "cancel",
             f"{more} tokens came after `cancel` had returned; {self.tokens_after_cancel} may be under way",
+        )
+
+    def test_capacity_is_back_within_the_steps_under_way(self, engine: Engine) -> None:
+        """Counted in the steps of a neighbour, from the one that tells the end of the cancelled request."""
+        if engine.model.max_sequences < 2:
+            pytest.skip("the engine runs one request at a time")
+        victim, beside = self.long_request(engine, 5), self.long_request(engine, 6)
+        running = engine.submit(beside)
+        cancelled = engine.submit(victim)
+        engine.wait_tokens(cancelled, 2)
+        free: list[int] = []
+
+        def look(step: StepEvents) -> None:
+            if free or any(each.request_id == victim.request_id for each in step.finished):
+                free.append(engine.backend.capacity().free_sequences)
+
+        engine.on_emit = look
+        try:
+            engine.cancel(victim.request_id)
+            engine.wait_ended(cancelled, rule="cancel")
+            seen = len(running.tokens)
+            engine.wait_tokens(running, seen + 2 * self.tokens_after_cancel + 2)
+            was_running = not running.ended
+            engine.cancel(beside.request_id)
+            engine.wait_ended(running, rule="cancel")
+        finally:
+            engine.on_emit = None
+        wanted = engine.model.max_sequences - 1
+        late = next((at for at, count in enumerate(free) if count >= wanted), len(free))
+        demand(
+            late <= self.tokens_after_cancel or not was_running,
+            "cancel",
+            f"free sequences in the steps after a cancelled request had ended: {free[:20]}; {wanted} should be free",
         )
 
     def test_cancel_before_the_first_token_frees_its_capacity(self, engine: Engine) -> None:

@@ -106,6 +106,20 @@ class CapacityAndOverload(ContractBase):
         for answer in answers:
             self.check_served(answer, "overload")
 
+    def test_an_early_request_is_not_starved_by_later_ones(self, engine: Engine) -> None:
+        """Each request that ends is followed by two new ones, so that there is always something younger to run."""
+        rows = engine.model.max_sequences
+        flood = [self.request(self.prompt(engine, seed=seed), 2) for seed in range(40 * rows)]
+        early = self.request(self.prompt(engine, seed=7), 2)
+        waited, *answers = self.together(engine, early, *flood[: 2 * rows])
+        left = flood[2 * rows :]
+        while left and not waited.ended:
+            engine.wait_ended(answers[0], rule="overload")
+            answers = [answer for answer in answers if not answer.ended]
+            answers += [engine.submit(left.pop()) for _ in range(min(2, len(left)))]
+        engine.wait_ended(waited, *answers, rule="overload")
+        demand(bool(left), "overload", f"{len(flood) - 2 * rows} requests that came later were all served before it")
+
     def test_the_promised_kv_tokens_can_all_be_used(self, engine: Engine) -> None:
         """Requests whose lengths add up to the promise run at the same time, each to its last token."""
         model = engine.model

@@ -9,6 +9,7 @@ import pytest
 from tgi_contract_tests.base import ContractBase
 from tgi_contract_tests.engine import Engine
 from tgi_contract_tests.rules import demand
+from tgi_gateway.types import SamplingParams
 
 ROUNDING = 1e-3
 """Of float32 sums, and of exp."""
@@ -47,6 +48,25 @@ class Logprobs(ContractBase):
                 "logprobs",
                 f"token {token.token_id} has log-probability {token.logprob}, and {best} in its own `top`",
             )
+
+    @pytest.mark.needs("logprobs", "top_n_tokens")
+    def test_logprobs_do_not_depend_on_how_the_token_is_chosen(self, engine: Engine) -> None:
+        """The first token's distribution is the model's own, whatever temperature and penalties make of it."""
+        choices = {"greedy": SamplingParams()}
+        if self.declares("sampling"):
+            choices["temperature 3"] = SamplingParams(do_sample=True, temperature=3.0, seed=1)
+        if self.declares("repetition_penalty"):
+            choices["repetition_penalty 5"] = SamplingParams(repetition_penalty=5.0)
+        n = min(5, self.capabilities().max_top_n_tokens)
+        prompt, allowed = self.prompt(engine, seed=21), max(ROUNDING, self.capabilities().tolerance)
+        found = {
+            name: dict(engine.run_one(self.request(prompt, 1, sampling, logprobs=True, top_n_tokens=n)).tokens[0].top)
+            for name, sampling in choices.items()
+        }
+        for name, top in found.items():
+            off = max((abs(top[each] - value) for each, value in found["greedy"].items() if each in top), default=0.0)
+            same = off <= allowed and bool(top.keys() & found["greedy"].keys())
+            demand(same, "logprobs", f"most likely first tokens: {found['greedy']} when greedy, {top} with {name}")
 
     @pytest.mark.needs("prefill_logprobs")
     def test_prompt_logprobs_are_one_per_token(self, engine: Engine) -> None:

@@ -34,7 +34,7 @@ USES: dict[Feature, dict[str, object]] = {
 }
 """How a request uses each feature. `seed` and `logprobs` have no use of their own that could be refused."""
 NEEDS_MATERIAL: tuple[Feature, ...] = ("lora", "grammar")
-"""Declared, these need an adapter or a tokenizer, which the contract does not have."""
+"""Declared, these need an adapter or a tokenizer: `Loras` and `Grammars` test them."""
 
 
 class Refusals(ContractBase):
@@ -60,7 +60,7 @@ class Refusals(ContractBase):
         if undeclared:
             pytest.skip(f"not declared: {', '.join(f'`{each}`' for each in sorted(undeclared))}")
         if feature in NEEDS_MATERIAL:
-            pytest.skip(f"`{feature}` is tested where a model for it is at hand")
+            pytest.skip(f"`{feature}` has a group of its own")
         answer = engine.run_one(request)
         demand(isinstance(answer.ending, Finished), "refusal", f"`{feature}` is declared, but {answer.ending}")
 

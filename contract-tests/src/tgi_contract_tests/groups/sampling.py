@@ -92,31 +92,6 @@ class Isolation(ContractBase):
             engine, [None, SamplingParams(repetition_penalty=2.0), None, SamplingParams(frequency_penalty=2.0)]
         )
 
-    @pytest.mark.needs("prefix_cache")
-    def test_a_warm_prefix_gives_the_same_tokens(self, engine: Engine) -> None:
-        prompt = self.prompt(engine, engine.model.max_input_tokens * 3 // 4, seed=77)
-        request = self.request(prompt, cache_salt="warm")
-        cold, warm = engine.run_one(request), engine.run_one(self.again(request))
-        self.check_same(cold, warm, "prefix-cache", "cold and warm")
-        found = (cold.finished.usage.cached_tokens, warm.finished.usage.cached_tokens)
-        demand(found[0] == 0 < found[1], "prefix-cache", f"cached_tokens is {found[0]} cold and {found[1]} warm")
-
-    @pytest.mark.needs("prefix_cache")
-    def test_salts_do_not_share_prefixes(self, engine: Engine) -> None:
-        prompt = self.prompt(engine, engine.model.max_input_tokens * 3 // 4, seed=78)
-        request = self.request(prompt, cache_salt="one")
-        engine.run_one(request)
-        other = engine.run_one(self.again(request, cache_salt="other"))
-        demand(other.finished.usage.cached_tokens == 0, "prefix-cache", f"another salt, but {other.finished.usage}")
-
-    def test_no_cached_tokens_are_reported_without_a_prefix_cache(self, engine: Engine) -> None:
-        if self.capabilities().prefix_cache:
-            pytest.skip("declared: `prefix_cache`")
-        request = self.request(self.prompt(engine, engine.model.max_input_tokens // 2))
-        for answer in (engine.run_one(request), engine.run_one(self.again(request))):
-            usage = answer.finished.usage
-            demand(usage.cached_tokens == 0, "prefix-cache", f"{usage}, but `prefix_cache` is not declared")
-
     def _check_batch(self, engine: Engine, samplings: list[SamplingParams | None]) -> None:
         """Each request of its own length, alone and then all at once."""
         requests = [
