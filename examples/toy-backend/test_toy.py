@@ -1,0 +1,5 @@
+from tgi_contract_tests import BackendContract
+
+
+class TestToy(BackendContract):
+    backend = "toy"

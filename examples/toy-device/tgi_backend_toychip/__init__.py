@@ -1,0 +1,1 @@
+"""A chip that does not exist, as an example for authors."""
