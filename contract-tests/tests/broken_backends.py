@@ -31,6 +31,7 @@ class Sound(EchoBackend):
 
     through_http: ClassVar[bool] = False
     """Whether the HTTP surface is run too: its tests notice most defects, at the cost of a whole application each."""
+    patience_s: ClassVar[float] = 4.0
     hangs = False
 
     def __init__(self) -> None:
@@ -339,6 +340,8 @@ class RaisesFromSubmit(Sound):
 
 
 class SubmitWaitsForTheStep(Sound):
+    patience_s = 1.0
+
     def __init__(self) -> None:
         super().__init__()
         self._taken = threading.Event()
@@ -626,7 +629,6 @@ class BadGrammarsFailTheBatch(KnowsGrammars):
 class _Contract(BackendContract):
     """The contract over the class that `defect` names."""
 
-    patience_s = 4.0
     end_prompt = (5, 6, 2, 7)
     adapter = (ADAPTER, Path("none"))
     defect: ClassVar[type[Sound]] = Sound
@@ -653,4 +655,5 @@ class _Contract(BackendContract):
 
 DEFECTS = [each for each in list(globals().values()) if isinstance(each, type) and issubclass(each, Sound)]
 for _defect in DEFECTS:
-    globals()[f"Test{_defect.__name__}"] = type(f"Test{_defect.__name__}", (_Contract,), {"defect": _defect})
+    _settings = {"defect": _defect, "patience_s": _defect.patience_s}
+    globals()[f"Test{_defect.__name__}"] = type(f"Test{_defect.__name__}", (_Contract,), _settings)

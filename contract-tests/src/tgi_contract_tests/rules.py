@@ -62,7 +62,7 @@ RULES: dict[Rule, str] = {
     "http": "the gateway's HTTP surface works on top of the backend: native and chat answers have their golden shapes",
 }
 
-DeviceRule = Literal["facts", "memory-figures", "kv-layout", "ops", "attention", "plan", "buckets"]
+DeviceRule = Literal["facts", "memory-figures", "kv-layout", "ops", "attention", "plan", "buckets", "collectives"]
 
 DEVICE_RULES: dict[DeviceRule, str] = {
     "facts": "name, collective backend, pipeline depth and default dtype are such as the engine can use",
@@ -71,6 +71,7 @@ DEVICE_RULES: dict[DeviceRule, str] = {
     "ops": "every operation agrees with the reference in float32, at every dtype and number of tokens",
     "attention": "write_kv and attention agree with the reference over any page table, and read no other slot",
     "plan": "`plan_attention` copies what it needs: the lists of a StepPlan change while the step runs",
+    "collectives": "what ranks exchange comes whole, in order of rank, with the same bits everywhere, captured or not",
     "buckets": "a captured or padded step gives what the eager one gives, and every decode step has a bucket",
 }
 

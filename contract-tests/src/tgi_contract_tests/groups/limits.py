@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tgi_contract_tests.base import ContractBase
-from tgi_contract_tests.engine import Engine
+from tgi_contract_tests.engine import Answer, Engine
 from tgi_contract_tests.rules import Rule, demand
-from tgi_gateway.types import Failed, Request
+from tgi_gateway.types import Failed, Request, StepEvents
 
 
 class Limits(ContractBase):
@@ -111,14 +111,24 @@ class CapacityAndOverload(ContractBase):
         rows = engine.model.max_sequences
         flood = [self.request(self.prompt(engine, seed=seed), 2) for seed in range(40 * rows)]
         early = self.request(self.prompt(engine, seed=7), 2)
-        waited, *answers = self.together(engine, early, *flood[: 2 * rows])
-        left = flood[2 * rows :]
-        while left and not waited.ended:
-            engine.wait_ended(answers[0], rule="overload")
-            answers = [answer for answer in answers if not answer.ended]
-            answers += [engine.submit(left.pop()) for _ in range(min(2, len(left)))]
-        engine.wait_ended(waited, *answers, rule="overload")
-        demand(bool(left), "overload", f"{len(flood) - 2 * rows} requests that came later were all served before it")
+        left, answers = flood[2 * rows :], []
+
+        def follow(step: StepEvents) -> None:
+            for _ in range(min(2 * len(step.finished), len(left))):
+                request = left.pop()
+                answers.append(engine.answers.setdefault(request.request_id, Answer(request)))
+                engine.backend.submit(request)
+
+        engine.on_emit = follow
+        try:
+            waited, *first = self.together(engine, early, *flood[: 2 * rows])
+            engine.wait_ended(waited, rule="overload")
+            overtaken = not left
+            left.clear()
+            engine.wait_ended(*first, *answers, rule="overload")
+        finally:
+            engine.on_emit = None
+        demand(not overtaken, "overload", f"{len(flood) - 2 * rows} requests that came later entered before it")
 
     def test_the_promised_kv_tokens_can_all_be_used(self, engine: Engine) -> None:
         """Requests whose lengths add up to the promise run at the same time, each to its last token."""

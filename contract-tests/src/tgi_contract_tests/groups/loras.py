@@ -15,7 +15,7 @@ class Loras(ContractBase):
 
     @pytest.mark.needs("lora")
     def test_an_adapter_changes_the_answer(self, engine: Engine) -> None:
-        plain, adapted = engine.run(*self._pair(engine))
+        plain, adapted = (engine.run_one(request) for request in self._pair(engine))
         self.check_served(adapted, "lora")
         demand(plain.ids != adapted.ids, "lora", f"with and without the adapter: {plain.ids}")
 
