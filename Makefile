@@ -6,7 +6,7 @@ ARGS ?=
 CONSTRAINTS := docker/constraints/cpu.txt
 DISTRIBUTIONS := gateway model-server backends/cpu demo-model
 DEV_DISTRIBUTIONS := $(DISTRIBUTIONS) backends/cuda contract-tests
-SOURCES := gateway/src model-server/src backends/cpu/src backends/cuda/src backends/llamacpp/src contract-tests/src demo-model/src
+SOURCES := gateway/src model-server/src backends/cpu/src backends/cuda/src backends/llamacpp/src contract-tests/src demo-model/src examples/toy-backend examples/toy-device
 LLAMACPP := docker/constraints/llamacpp.txt
 # Of llama.cpp only what the backend uses, for any x86-64 processor since 2013; on others the flags mean nothing.
 LLAMACPP_BUILD := CMAKE_ARGS="-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/docker/llamacpp.cmake -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from tgi_contract_tests.device import DeviceContract
 from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, KVLayout, MemoryFigures, Norm, StepLimits
+from tgi_model_server.parallel import Group, WrappedGroup
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, ReferencePlan, split_heads
 from tgi_model_server.step import AttentionPlan, StepInput
@@ -200,6 +201,64 @@ class KeepsThePlansLists(ReferenceDevice):
         return replace(planned, pages=cast(tuple[tuple[int, ...], ...], plan.pages))
 
 
+class DropsTheLastOddColumn(_WithOps):
+    """Its matrix unit works in pairs."""
+
+    class OPS(ReferenceOps):
+        def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            out = super().linear(x, weight, bias)
+            out[:, out.shape[1] // 2 * 2 :] = 0
+            return out
+
+
+class TakesEveryPageForItsOwn(ReferenceDevice):
+    """A page belongs to the first row that names it."""
+
+    def plan_attention(
+        self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
+    ) -> ReferencePlan:
+        planned, taken = super().plan_attention(plan, shape, layout, bucket), set[int]()
+        rows = []
+        for pages in planned.pages:
+            rows.append(tuple(0 if page in taken else page for page in pages))
+            taken.update(pages)
+        return replace(planned, pages=tuple(rows))
+
+
+class _OfRanks(ReferenceDevice):
+    GROUP: ClassVar[type[WrappedGroup]] = WrappedGroup
+
+    def collectives(self, group: Group) -> Group:
+        return self.GROUP(group)
+
+
+class AddsNothingUp(_OfRanks):
+    class GROUP(WrappedGroup):
+        def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+
+class AddsToOtherBits(_OfRanks):
+    """Each rank adds in an order of its own."""
+
+    class GROUP(WrappedGroup):
+        def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            return super().all_reduce(x) * (1 + self.rank * 1e-6)
+
+
+class GathersBackwards(_OfRanks):
+    class GROUP(WrappedGroup):
+        def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+            parts = super().all_gather(x).chunk(self.world_size, dim=1)
+            return torch.cat(parts[::-1], dim=1)
+
+
+class KeepsItsOwn(_OfRanks):
+    class GROUP(WrappedGroup):
+        def broadcast(self, x: torch.Tensor) -> None:
+            super().broadcast(x.clone())
+
+
 class MoreFreeThanThereIs(ReferenceDevice):
     def memory(self) -> MemoryFigures:
         return MemoryFigures(1 << 20, 1 << 30)
@@ -229,6 +288,7 @@ class _Contract(DeviceContract):
     head_dims = (16,)
     dtypes = ("float32",)
     defect: ClassVar[type[ReferenceDevice]] = ReferenceDevice
+    world_sizes = ()
 
     def make_device(self) -> Device:
         return self.defect()
@@ -243,4 +303,5 @@ DEFECTS = [
     and not each.__name__.startswith("_")
 ]
 for _defect in DEFECTS:
-    globals()[f"Test{_defect.__name__}"] = type(f"Test{_defect.__name__}", (_Contract,), {"defect": _defect})
+    _settings = {"defect": _defect, "world_sizes": (2,) if issubclass(_defect, _OfRanks) else ()}
+    globals()[f"Test{_defect.__name__}"] = type(f"Test{_defect.__name__}", (_Contract,), _settings)

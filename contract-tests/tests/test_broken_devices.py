@@ -17,25 +17,33 @@ ATTENTION = {
     "test_attention_of_head_groups",
     "test_attention_of_head_dims",
     "test_attention_in_a_sliding_window",
+    "test_rows_may_share_the_pages_of_a_prefix",
 }
+ODD = "test_operations_at_odd_widths"
 CAUGHT_BY: dict[str, set[str]] = {
     "SoundDevice": set(),
     "ForgetsTheBias": {"test_linear", "test_linear_add", "test_norm_linear", "test_norm_gated"},
-    "RoundsInLinear": {"test_linear", "test_linear_add", "test_norm_linear", "test_norm_gated", "test_logits"},
+    "RoundsInLinear": {"test_linear", "test_linear_add", "test_norm_linear", "test_norm_gated", "test_logits", ODD},
     "NormsOverTheWholeRow": {"test_rms_norm_of_heads", "test_rope_attention"},
-    "DropsTheResidual": {"test_linear_add"},
-    "NormsAfterTheProduct": {"test_norm_linear", "test_norm_gated", "test_logits"},
-    "LogitsWithoutTheNorm": {"test_logits"},
+    "DropsTheResidual": {"test_linear_add", ODD},
+    "NormsAfterTheProduct": {"test_norm_linear", "test_norm_gated", "test_logits", ODD},
+    "LogitsWithoutTheNorm": {"test_logits", ODD},
     "ChoosesTheLastOfEquals": {"test_argmax_takes_the_first_of_the_largest"},
     "RotatesTheValues": {"test_rope_attention"},
     "RotatesNeighbours": {"test_rope", "test_rope_attention"},
-    "GatesTheWrongHalf": {"test_silu_mul", "test_norm_gated"},
-    "NormsInPlace": {"test_operations_leave_their_inputs_alone"},
+    "GatesTheWrongHalf": {"test_silu_mul", "test_norm_gated", ODD},
+    "NormsInPlace": {"test_operations_leave_their_inputs_alone", ODD},
     "WritesOneFurther": ATTENTION | {"test_write_kv_changes_the_named_slots_and_no_other"},
     "IgnoresTheWindow": {"test_attention_in_a_sliding_window"},
     "WindowIsOneTooWide": {"test_attention_in_a_sliding_window"},
     "ReadsToTheEndOfThePage": ATTENTION,
     "MixesUpHeadGroups": ATTENTION,
+    "DropsTheLastOddColumn": {ODD},
+    "TakesEveryPageForItsOwn": {"test_rows_may_share_the_pages_of_a_prefix"},
+    "AddsNothingUp": {"test_ranks_exchange[2-all_reduce]", "test_ranks_exchange[2-order]"},
+    "AddsToOtherBits": {"test_ranks_exchange[2-all_reduce]", "test_ranks_exchange[2-order]"},
+    "GathersBackwards": {"test_ranks_exchange[2-all_gather]", "test_ranks_exchange[2-order]"},
+    "KeepsItsOwn": {"test_ranks_exchange[2-broadcast]"},
     "KeepsThePlansLists": {"test_a_plan_may_be_changed_after_it_was_handed_over"},
     "MoreFreeThanThereIs": {"test_memory_figures_are_bytes_of_this_device"},
     "HandsOutUsedMemory": {"test_pool_memory_is_zero_and_can_be_written"},
@@ -55,7 +63,8 @@ def failures(run_inner: Callable[[Path, Sequence[str], int], Failures]) -> Failu
 @pytest.mark.parametrize("defect", CAUGHT_BY)
 def test_a_broken_device_is_caught_by_the_tests_that_name_its_fault(failures: Failures, defect: str) -> None:
     failed = failures[f"Test{defect}"]
-    assert {name.partition("[")[0] for name in failed} == CAUGHT_BY[defect]
+    whole = {name.partition("[")[0] for name in CAUGHT_BY[defect] if "[" in name}
+    assert {name if name.partition("[")[0] in whole else name.partition("[")[0] for name in failed} == CAUGHT_BY[defect]
     for text in failed.values():
         assert "the contract demands: " in text
         assert "read: docs/write-a-device.md, rule `" in text

@@ -65,6 +65,54 @@ def test_a_plugin_that_imports_a_runtime_is_caught(outsider: Path) -> None:
     assert "passed  test_model_info_is_sane" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("line", "changed"),
+    [
+        ("import os; os.environ['OUTSIDER'] = '1'", "environment"),
+        ("import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "threads"),
+        ("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)", "signal handlers"),
+        ("import logging; logging.basicConfig()", "log handlers"),
+        ("opened = open('/dev/null')", "open files"),
+        ("print('hello')", "standard output"),
+    ],
+)
+def test_a_plugin_that_changes_its_process_is_caught(outsider: Path, line: str, changed: str) -> None:
+    (outsider / "outsider.py").write_text(f"{BACKEND}\n{line}\n")
+    done = tgi_contract("outsider", "-k", "changes_nothing", "--model", str(outsider), path=outsider)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"loading the plug-in `outsider` changed: {changed}\n" in done.stdout
+
+
+def test_a_plugin_that_says_something_else_in_each_process_is_caught(outsider: Path) -> None:
+    changing = BACKEND.replace('"from another distribution"', "f'process {os.getpid()}'").replace(
+        "import llama_cpp", "import os"
+    )
+    (outsider / "outsider.py").write_text(changing)
+    done = tgi_contract("outsider", "-k", "told_the_same", "--model", str(outsider), path=outsider)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed  test_every_process_is_told_the_same" in done.stdout
+
+
+def test_a_page_for_docs_holds_both_tables(tmp_path: Path) -> None:
+    page = tmp_path / "echo.md"
+    done = tgi_contract("echo", "--set", "echo_step_ms=1", "--markdown", str(page), "-k", "Stops")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = page.read_text().splitlines()
+    assert lines[0].startswith("## backend echo: ")
+    assert "| batching | yes |" in lines
+    assert "| group | passed | failed | skipped | known failure |" in lines
+    assert any(line.startswith("| Stops | ") for line in lines)
+
+
+def test_a_device_is_held_to_its_contract_as_well(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    device = "tgi_model_server.testing.devices:ReferenceDevice"
+    chosen = "silu_mul or facts"
+    done = tgi_contract("echo", "--device", device, "--json", str(report), "-k", chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {test["group"] for test in json.loads(report.read_text())["tests"]} == {"DeviceContract"}
+
+
 def test_a_known_failure_is_told_apart(outsider: Path) -> None:
     known = "test_loading_the_plugin_imports_no_heavy_runtime=it always did"
     done = tgi_contract("outsider", "-k", "imports", "--known-failure", known, "--model", str(outsider), path=outsider)
@@ -80,6 +128,8 @@ def test_a_known_failure_is_told_apart(outsider: Path) -> None:
         (("echo", "--set", "speed"), "`speed` has no `=`"),
         (("echo", "--model", "/no/such/folder"), "there is no such folder"),
         (("echo", "-k", "no_such_test"), "no test was run"),
+        (("echo", "--device", "tgi_gateway.nowhere:Device"), "Write it as MODULE:CLASS"),
+        (("echo", "--adapter", "name=/no/such/folder"), "there is no such folder or file"),
     ],
 )
 def test_what_cannot_be_run_exits_with_2(arguments: tuple[str, ...], told: str) -> None:

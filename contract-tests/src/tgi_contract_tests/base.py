@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +29,8 @@ from tgi_gateway.types import Request, SamplingParams, StopRules
 _ids = itertools.count(1)
 _engines: dict[type, Engine] = {}
 """The running engine of the class under test: starting one may take a minute, so that tests share it."""
+_prepared: dict[type, tuple[tempfile.TemporaryDirectory[str], Path]] = {}
+"""What a plug-in made of the model of the class under test, and the tokenizer's folder in it."""
 
 
 class ContractBase(KnownFailures):
@@ -54,24 +57,39 @@ class ContractBase(KnownFailures):
         return self.plugin().create(self.engine_options())
 
     def text_of(self, token_ids: Sequence[int]) -> str:
-        """The text of generated tokens, by the tokenizer in the model's folder. Override for a model without one."""
-        if self.model is None or not (self.model / "tokenizer.json").is_file():
+        """The text of generated tokens, by the model's tokenizer. Override for a model without one."""
+        folder = self.tokenizer_folder()
+        if folder is None:
             pytest.skip("the model has no tokenizer.json, and the class under test does not override `text_of`")
-        return Tokenizer.from_folder(self.model).decode(list(token_ids))
+        return Tokenizer.from_folder(folder).decode(list(token_ids))
+
+    def tokenizer_folder(self) -> Path | None:
+        """Where the model's tokenizer.json lies: in its folder, or where the plug-in's `prepare` writes it."""
+        if self.model is None:
+            return None
+        if (self.model / "tokenizer.json").is_file():
+            return self.model
+        prepare = None if self.backend is None else self.plugin().prepare
+        if prepare is None:
+            return None
+        if type(self) not in _prepared:
+            folder = tempfile.TemporaryDirectory(prefix="tgi-contract-")
+            _prepared[type(self)] = folder, prepare(self.engine_options(), Path(folder.name)).tokenizer
+        return _prepared[type(self)][1]
 
     def tokenizer_files(self, engine: Engine, folder: Path) -> Path:
         """A folder for the HTTP surface with tokenizer and chat template: the model's own, as far as it has them.
 
         What it lacks is made in `folder`: one token per byte, so that any engine understands it.
         """
-        own = self.model is not None and (self.model / "tokenizer.json").is_file()
-        if self.model is not None and own and ChatTemplate.from_folder(self.model) is not None:
-            return self.model
-        if not own and engine.model.vocab_size < worker.VOCAB_SIZE:
+        own = self.tokenizer_folder()
+        if own is not None and ChatTemplate.from_folder(own) is not None:
+            return own
+        if own is None and engine.model.vocab_size < worker.VOCAB_SIZE:
             pytest.skip(f"the model has no tokenizer.json, and a vocabulary of less than {worker.VOCAB_SIZE}")
         worker.write_byte_model(folder)
-        if self.model is not None and own:
-            shutil.copy(self.model / "tokenizer.json", folder)
+        if own is not None:
+            shutil.copy(own / "tokenizer.json", folder)
         return folder
 
     def kill(self, backend: Backend) -> None:  # noqa: ARG002
@@ -246,3 +264,5 @@ def close_all() -> None:
     """At the end of the run."""
     while _engines:
         close(_engines.popitem()[1])
+    while _prepared:
+        _prepared.popitem()[1][0].cleanup()

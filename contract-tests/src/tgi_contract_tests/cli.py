@@ -10,32 +10,21 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from tgi_contract_tests.installed import TestInstalled
+from tgi_contract_tests.report import Outcome, Report, Result
 from tgi_gateway import hub, plugins
-from tgi_gateway.backend import ALL_FEATURES, BackendPlugin, EngineOptions
+from tgi_gateway.backend import BackendPlugin, EngineOptions
 from tgi_gateway.errors import GatewayError, PluginError, SettingsError
 
-Outcome = Literal["passed", "failed", "skipped", "known failure"]
 _INI = "[pytest]\npython_files = test_*.py\n"
 _TEST_FILE = "from tgi_contract_tests.installed import TestInstalled\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One test."""
-
-    name: str
-    group: str
-    outcome: Outcome
-    reason: str
-    seconds: float
 
 
 @dataclass(slots=True)
@@ -51,7 +40,8 @@ class Results:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             plain = getattr(item, "originalname", item.name)
-            owner = next(owner for owner in TestInstalled.__mro__ if plain in vars(owner))
+            assert isinstance(item, pytest.Function)
+            owner = next(owner for owner in item.cls.__mro__ if plain in vars(owner))
             self.groups[item.name] = owner.__name__
             item.extra_keyword_matches.add(owner.__name__)
 
@@ -70,9 +60,6 @@ class Results:
             self._keep(name, "failed", reason, report.duration)
         elif report.when == "call":
             self._keep(name, "passed", "", report.duration)
-
-    def count(self, outcome: Outcome, group: str | None = None) -> int:
-        return sum(each.outcome == outcome and group in (None, each.group) for each in self.all)
 
     def _keep(self, name: str, outcome: Outcome, reason: str, seconds: float) -> None:
         self.all.append(Result(name, self.groups.get(name, ""), outcome, reason, seconds))
@@ -94,31 +81,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         TestInstalled.model = _model(plugin, arguments.model)
         TestInstalled.options = _options(plugin, arguments.set)
         TestInstalled.patience_s = arguments.patience
+        TestInstalled.adapter = _adapter(arguments.adapter)
         TestInstalled.known_failures = dict(_pair(text) for text in arguments.known_failure)
+        test_file = _TEST_FILE + (_device_test(arguments.device) if arguments.device else "")
     except GatewayError as error:
         console.print(f"tgi-contract: {error}", style="bold red", markup=False)
         return 2
-    console.print(_capabilities(plugin))
+    console.print(Report(plugin, "", "", ()).capability_table())
     results = Results(console)
-    status = _run(results, arguments.k)
-    console.print(_summary(results))
+    status = _run(results, arguments.k, test_file)
+    distribution = plugins.distribution_of(plugin.name)
+    report = Report(plugin, distribution, metadata.version(distribution), results.all)
+    console.print(report.result_table())
     for result in results.all:
         if result.outcome == "failed":
             console.rule(result.name)
             console.print(result.reason, markup=False, highlight=False)
     if arguments.json:
-        arguments.json.write_text(json.dumps(_report(plugin, results), indent=1) + "\n", "utf-8")
+        arguments.json.write_text(json.dumps(report.document(), indent=1) + "\n", "utf-8")
+    if arguments.markdown:
+        arguments.markdown.write_text(report.markdown(), "utf-8")
     if all(result.outcome == "skipped" for result in results.all):
         console.print("tgi-contract: no test was run", style="bold red")
         return 2
-    return 1 if results.count("failed") or status not in (0, 1) else 0
+    return 1 if report.count("failed") or status not in (0, 1) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tgi-contract", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="an installed backend: `tgi-gateway backends` lists them")
     parser.add_argument("--model", type=Path, metavar="DIR", help="folder (or file) of a small model")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here, for machines")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables here, to include in docs")
+    parser.add_argument(
+        "--device", metavar="MODULE:CLASS", help="a device of the PyTorch engine: run its contract as well"
+    )
+    parser.add_argument("--adapter", metavar="NAME=PATH", help="a LoRA adapter of the model, to test `lora`")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an engine option or a flag of the plug-in"
     )
@@ -138,6 +136,31 @@ def _model(plugin: BackendPlugin, chosen: Path | None) -> Path | None:
     if chosen is not None or not plugin.needs_model:
         return chosen
     return hub.demo_model()
+
+
+def _adapter(pair: str | None) -> tuple[str, Path] | None:
+    if pair is None:
+        return None
+    name, path = _pair(pair)
+    if not Path(path).exists():
+        raise SettingsError(f"--adapter {pair}: there is no such folder or file")
+    return name, Path(path)
+
+
+def _device_test(name: str) -> str:
+    """What the test file says of a device. Torch is imported for it, and for nothing else here."""
+    try:
+        from tgi_contract_tests.installed_device import TestInstalledDevice
+    except ImportError as error:
+        raise SettingsError(
+            f'--device needs the model server: pip install "tgi-contract-tests[device]" ({error})'
+        ) from error
+    TestInstalledDevice.device_name = name
+    try:
+        TestInstalledDevice().make_device()
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"--device {name}: {error}. Write it as MODULE:CLASS") from error
+    return "from tgi_contract_tests.installed_device import TestInstalledDevice\n"
 
 
 def _options(plugin: BackendPlugin, pairs: Sequence[str]) -> Mapping[str, Any]:
@@ -168,51 +191,15 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _run(results: Results, expression: str) -> int:
+def _run(results: Results, expression: str, test_file: str) -> int:
     """Collect the contract from a file of its own, away from whatever pytest settings lie around."""
     with tempfile.TemporaryDirectory(prefix="tgi-contract-") as name:
         folder = Path(name)
         (folder / "pytest.ini").write_text(_INI, "utf-8")
-        (folder / "test_installed.py").write_text(_TEST_FILE, "utf-8")
+        (folder / "test_installed.py").write_text(test_file, "utf-8")
         arguments = ["-c", str(folder / "pytest.ini"), f"--rootdir={folder}", "--import-mode=importlib"]
         arguments += ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:asyncio", "-k", expression, str(folder)]
         return int(pytest.main(arguments, [results]))
-
-
-def _capabilities(plugin: BackendPlugin) -> Table:
-    declared = plugin.capabilities
-    table = Table(title=f"backend {plugin.name}: {plugin.summary}", title_justify="left", show_header=False)
-    table.add_row("declared", ", ".join(sorted(declared.features)) or "no feature")
-    table.add_row("not declared", ", ".join(sorted(ALL_FEATURES - declared.features)) or "nothing")
-    table.add_row("prefix cache", "yes" if declared.prefix_cache else "no")
-    table.add_row("batching", "yes" if declared.batching else "no")
-    invariant = "exact" if declared.batch_invariant else f"within {declared.tolerance:g}"
-    table.add_row("alone against batched", invariant)
-    return table
-
-
-def _summary(results: Results) -> Table:
-    table = Table(title="results", title_justify="left")
-    for column in ("group", "passed", "failed", "skipped", "known failures"):
-        table.add_column(column, justify="left" if column == "group" else "right")
-    outcomes: tuple[Outcome, ...] = ("passed", "failed", "skipped", "known failure")
-    for group in dict.fromkeys(each.group for each in results.all):
-        table.add_row(group, *(str(results.count(outcome, group)) for outcome in outcomes))
-    table.add_section()
-    table.add_row("all", *(str(results.count(outcome)) for outcome in outcomes))
-    return table
-
-
-def _report(plugin: BackendPlugin, results: Results) -> dict[str, Any]:
-    capabilities = dataclasses.asdict(plugin.capabilities) | {"features": sorted(plugin.capabilities.features)}
-    outcomes: tuple[Outcome, ...] = ("passed", "failed", "skipped", "known failure")
-    return {
-        "backend": plugin.name,
-        "api_version": plugin.api_version,
-        "capabilities": capabilities,
-        "counts": {outcome: results.count(outcome) for outcome in outcomes},
-        "tests": [dataclasses.asdict(each) for each in results.all],
-    }
 
 
 if __name__ == "__main__":
