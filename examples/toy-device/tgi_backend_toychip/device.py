@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class ToyDevice:
     pipeline_depth = 2
     defaults = StepDefaults(max_rows=8, prefill_tokens=256)
     collective_backend = "gloo"
+    kv_dtypes: Sequence[torch.dtype] = ()
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -52,6 +53,9 @@ class ToyDevice:
 
     def memory(self) -> MemoryFigures:
         return MemoryFigures(total=1 << 30, free=1 << 28)
+
+    def peak(self, work: Callable[[], None]) -> int | None:  # noqa: ARG002
+        return None  # not known: the engine estimates it
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
