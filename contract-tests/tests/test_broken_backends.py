@@ -87,7 +87,6 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
         "test_penalties_do_not_reach_the_neighbours",
         "test_a_cancel_leaves_the_others_alone",
         "test_a_bad_request_leaves_its_neighbours_alone",
-        "test_a_slow_gateway_loses_nothing",
     ),
     "IgnoresSeed": ("test_different_seeds_give_different_tokens",),
     "DrawsFromOneGenerator": (
@@ -168,9 +167,11 @@ SIDE_EFFECTS: dict[str, tuple[str, ...]] = {
         "test_tokens_come_in_the_order_of_generation",
     ),
     "LeaksOnCancel": ("test_cancel_before_the_first_token_frees_its_capacity",),
+    "DependsOnBatchMates": ("test_a_slow_gateway_loses_nothing",),
     # Whatever submits while the gateway is busy.
     "SubmitWaitsForTheStep": (
         "test_a_bad_request_leaves_its_neighbours_alone",
+        "test_an_early_request_is_not_starved_by_later_ones",
         "test_a_step_holds_the_tokens_of_all_who_ran",
         "test_capacity_stays_within_its_bounds_under_load",
         "test_greedy_tokens_do_not_depend_on_the_batch",

@@ -13,7 +13,7 @@ import pytest
 from tgi_contract_tests import shapes
 from tgi_contract_tests.base import ContractBase
 from tgi_contract_tests.engine import Engine, Guest
-from tgi_contract_tests.rules import demand
+from tgi_contract_tests.rules import broken, demand
 from tgi_gateway.testing.worker import Worker, running_worker
 
 T = TypeVar("T")
@@ -193,7 +193,10 @@ class Http(ContractBase):
             async with running_worker(Guest(engine), files) as worker:
                 return await ask(worker)
 
-        return asyncio.run(main())
+        try:
+            return asyncio.run(main())
+        except AssertionError as error:  # the worker's own: another status, or a stream that is none
+            broken("http", str(error))
 
     def _check_shape(self, value: Any, shape: Any, what: str) -> None:
         problem = shapes.misfit(value, shape)
