@@ -18,6 +18,7 @@ from tgi_gateway.testing.worker import write_byte_model
 GUIDES = {"toy-backend": "write-a-backend.md", "toy-device": "write-a-device.md"}
 MARKED = re.compile(r"<!-- examples/([\w./-]+) -->\n```\w+\n(.*?)```", re.DOTALL)
 MOST_LINES = 60
+pytestmark = pytest.mark.timeout(600)  # whoever comes first builds and installs the wheels
 
 
 def files_in(guide: str) -> Mapping[str, str]:
@@ -57,7 +58,6 @@ def test_nothing_of_it_comes_from_the_checkout(author: Outsider) -> None:
     assert all(Path(line).is_relative_to(author.folder) for line in done.stdout.splitlines()), done.stdout
 
 
-@pytest.mark.timeout(400)
 def test_the_toy_backend_of_the_guide_keeps_the_contract(author: Outsider, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done = author.run("tgi-contract", "toy", "--json", str(report))
@@ -74,7 +74,6 @@ def test_the_toy_backend_is_listed_and_examined(author: Outsider) -> None:
     assert re.search(r"ok +tgi-gateway +0\.1\.0 \(needed: <0\.2,>=0\.1\)", examined.stdout), examined.stdout
 
 
-@pytest.mark.timeout(200)
 def test_the_five_lines_of_pytest_run_the_contract(author: Outsider, tmp_path: Path) -> None:
     test = tmp_path / "test_toy.py"
     test.write_text(files_in(GUIDES["toy-backend"])["toy-backend/test_toy.py"], "utf-8")
@@ -86,7 +85,6 @@ def test_the_five_lines_of_pytest_run_the_contract(author: Outsider, tmp_path: P
     assert re.search(r"\d+ passed", done.stdout)
 
 
-@pytest.mark.timeout(400)
 def test_the_toy_device_of_the_guide_keeps_the_device_contract(author: Outsider, tmp_path: Path) -> None:
     test = tmp_path / "test_toychip.py"
     shutil.copy(ROOT / "examples" / "toy-device" / test.name, test)
