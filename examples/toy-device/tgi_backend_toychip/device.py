@@ -82,6 +82,9 @@ class ToyDevice:
         decode = [Bucket(each, each) for each in sorted(rows) if each <= limits.max_rows]
         return [*decode, *(Bucket(limits.max_rows + 1, each) for each in sorted(tokens))]
 
+    def prefers_captured(self, plan: StepPlan) -> bool:  # noqa: ARG002
+        return True
+
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         forward(example)  # a real chip compiles here
 
