@@ -54,3 +54,9 @@ async def says(tmp_path: Path) -> AsyncGenerator[Callable[..., Any], None]:
             return await stack.enter_async_context(running_worker(backend, tmp_path, **settings))
 
         yield start
+
+
+@pytest.fixture
+def slow() -> EchoBackend:
+    """Hundreds of tokens, a hundredth of a second each: no answer ends within a test."""
+    return EchoBackend(byte_toy(max_total_tokens=100_000), step_s=0.01)

@@ -16,7 +16,7 @@ from tgi_gateway.api.auth import Keys
 from tgi_gateway.errors import SettingsError
 from tgi_gateway.settings import Settings
 from tgi_gateway.testing.echo import EchoBackend
-from tgi_gateway.testing.worker import Worker, byte_toy, error_text, parse_events
+from tgi_gateway.testing.worker import Worker, byte_toy, error_text, parse_events, until
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "temperature": 0}
 ENDLESS: dict[str, dict[str, Any]] = {
@@ -30,20 +30,6 @@ ENDLESS: dict[str, dict[str, Any]] = {
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
-
-
-@pytest.fixture
-def slow() -> EchoBackend:
-    """No answer ends within a test."""
-    return EchoBackend(byte_toy(max_total_tokens=100_000), step_s=0.01)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen in 10 s")
 
 
 # Keys.

@@ -14,7 +14,7 @@ import uvicorn
 from tgi_gateway.api import sse
 from tgi_gateway.testing.echo import EchoBackend
 from tgi_gateway.testing.scripted import Script, ScriptedBackend, ScriptedToken
-from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, parse_events
+from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, parse_events, until
 
 HEAD = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 LONG: dict[str, dict[str, Any]] = {
@@ -44,20 +44,6 @@ async def served(worker: Worker) -> AsyncGenerator[int, None]:
     finally:
         server.should_exit = True
         await task
-
-
-@pytest.fixture
-def slow() -> EchoBackend:
-    """Hundreds of tokens, a hundredth of a second each: no answer ends within a test."""
-    return EchoBackend(byte_toy(max_total_tokens=100_000), step_s=0.01)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen in 10 s")
 
 
 async def request(port: int, path: str, body: object) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -271,3 +271,26 @@ def test_sharded_alone_means_all_devices_that_are_visible(variable: str) -> None
     assert parse(environ={variable: "0,2"}).resolved().num_shard == 1
     with pytest.raises(SettingsError, match=r"`sharded` is true, but 1 device is seen.*`--num-shard`"):
         parse("--sharded", "true", environ={variable: "0"})
+
+
+def test_vertex_ai_tells_port_and_paths_by_variables() -> None:
+    environ = {"AIP_HTTP_PORT": "8080", "AIP_PREDICT_ROUTE": "/predict", "AIP_HEALTH_ROUTE": "/alive"}
+    settings = Settings.parse(["--port", "3000", "--backend", "echo"], environ)
+    assert (settings.port, settings.aip_predict_route) == (8080, "/predict")
+    assert settings.open_routes == (*Settings().public_routes, "/alive")
+    for wrong in ("", "no port", "99999", "-1"):
+        assert Settings.parse(["--port", "3000", "--backend", "echo"], {"AIP_HTTP_PORT": wrong}).port == 3000
+    with pytest.raises(SettingsError, match="must begin with a slash"):
+        Settings.parse(["--backend", "echo"], {"AIP_PREDICT_ROUTE": "predict"})
+
+
+def test_several_keys_are_secrets() -> None:
+    settings = Settings.parse(["--backend", "echo", "--api-keys", "k-1,k-2", "--api-keys", "k-3"], {})
+    assert settings.api_keys == ("k-1", "k-2", "k-3")
+    assert settings.public()["api_keys"] == "***"
+    assert "k-1" not in repr(settings)
+    assert settings.without_secrets().api_keys == ()
+    assert Settings.parse(["--backend", "echo"], {"API_KEYS": "a, b"}).api_keys == ("a", "b")
+    with pytest.raises(SettingsError, match="whole number") as raised:
+        Settings.parse(["--backend", "echo", "--max-concurrent-requests-per-key", "0"], {})
+    assert "0" in str(raised.value)

@@ -177,6 +177,7 @@ steps = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(requests)
 def test_a_request_crosses_unchanged(sent: Request) -> None:
     message = pb.Request.FromString(encode_request(sent).SerializeToString())

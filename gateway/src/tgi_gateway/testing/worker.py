@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,15 @@ class Worker:
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == "text/event-stream"
         return parse_events(response.text)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, at most 10 s."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen in 10 s")
 
 
 def error_text(document: Any) -> str:

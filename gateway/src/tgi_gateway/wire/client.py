@@ -8,10 +8,11 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from tgi_gateway.backend import API_VERSION, Capabilities, Capacity, Emit, ModelInfo
 from tgi_gateway.errors import GatewayError, IncompleteGeneration, StartError, Unhealthy, ValidationError
@@ -28,13 +29,14 @@ from tgi_gateway.wire.codec import (
 
 log = logging.getLogger(__name__)
 
+Reply = TypeVar("Reply", bound=Message)
 Call = Any
 """grpc.aio.StreamStreamCall, which has no complete type."""
 
 MAX_TOKENS_PER_MESSAGE = 8 << 20
 """Prompt tokens sent in one message; at up to 5 bytes each this stays below the message limit."""
 RECONNECT_S = 0.1
-HEALTH_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 
 
 class RemoteBackend:
@@ -145,34 +147,29 @@ class RemoteBackend:
         return self._capacity
 
     async def health(self) -> None:
+        await self._ask(HEALTH, pb.HealthRequest(), pb.HealthReply)
+
+    async def cancel_named(self, tenant: str, name: str) -> int:
+        """See `tgi_gateway.backend.CancelsByName`."""
+        reply = await self._ask(CANCEL, pb.CancelRequest(tenant=tenant, name=name), pb.CancelReply)
+        return reply.cancelled
+
+    async def _ask(self, method: str, request: Message, kind: type[Reply]) -> Reply:
+        """One question and its answer, beside the stream. Raises `Unhealthy`."""
         if self._channel is None or not self._attached:
             raise Unhealthy("The engine is not available")
-        probe = self._channel.unary_unary(
-            f"/{SERVICE}/{HEALTH}",
-            request_serializer=pb.HealthRequest.SerializeToString,
-            response_deserializer=pb.HealthReply.FromString,
+        call = self._channel.unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=kind.FromString,
         )
         try:
-            await probe(pb.HealthRequest(), timeout=HEALTH_TIMEOUT_S)
+            reply: Reply = await call(request, timeout=ANSWER_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE and self._attached:
                 raise Unhealthy(error.details() or "unhealthy") from error
             raise Unhealthy("The engine does not answer") from error
-
-    async def cancel_named(self, tenant: str, name: str) -> int:
-        """See `tgi_gateway.backend.CancelsByName`."""
-        if self._channel is None or not self._attached:
-            raise Unhealthy("The engine is not available")
-        cancel = self._channel.unary_unary(
-            f"/{SERVICE}/{CANCEL}",
-            request_serializer=pb.CancelRequest.SerializeToString,
-            response_deserializer=pb.CancelReply.FromString,
-        )
-        try:
-            reply = await cancel(pb.CancelRequest(tenant=tenant, name=name), timeout=HEALTH_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise Unhealthy("The engine does not answer") from error
-        return int(reply.cancelled)
+        return reply
 
     async def stop(self, drain_s: float) -> None:
         """Detach this worker; the engine goes on for the others."""
