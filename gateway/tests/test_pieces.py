@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,39 @@ def test_no_more_pieces_are_remembered_than_allowed() -> None:
     text = " ".join(f"w{chr(97 + n % 26)} x{chr(97 + n // 26)} y" for n in range(300))
     assert pieces.encode(text, True) == TAKEN["gpt-2"].encode(text).ids
     assert len(pieces._known) == 10
+
+
+def test_prompts_that_come_together_encode_their_common_beginning_once() -> None:
+    inner = TAKEN["gpt-2"]
+    encoded: list[str] = []
+
+    class Counting:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> object:
+            encoded.extend(texts)
+            time.sleep(0.02)
+            return inner.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    pieces = Pieces(Counting(), 20, 1000, ([0], []))
+    shared = " ".join(f"w{chr(97 + n % 26)} x{chr(97 + n // 26)} y" for n in range(200))
+    texts = [f"{shared} and a question {'abcdefgh'[n]} of its own" for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: pieces.encode(text, True), texts))
+    assert found == [inner.encode(text).ids for text in texts]
+    assert len(encoded) == len(set(encoded))
+
+
+def test_a_piece_that_cannot_be_encoded_is_not_remembered() -> None:
+    class Broken:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> object:
+            raise RuntimeError(f"no memory for {len(texts)}, {add_special_tokens}")
+
+    pieces = Pieces(Broken(), 20, 1000, ([], []))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            pieces.encode("some words that are long enough to be cut into pieces", True)
+    assert not pieces._known
+    with pytest.raises(TypeError):
+        pieces.encode("half a pair \ud83d of it", True)
 
 
 def test_a_long_prompt_reads_as_a_short_one_does(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import msgspec
 
 from tgi_gateway import hub, plugins
 from tgi_gateway.backend import ModelFiles
+from tgi_gateway.cores import logical_cores
 from tgi_gateway.errors import PluginError, StartError
 from tgi_gateway.launcher import processes, runtime
 from tgi_gateway.launcher.child import Assignment
@@ -179,8 +180,10 @@ class Supervisor:
             worker=worker,
             listen_fd=taken.fileno(),
         )
-        # A worker's own threads are few and short; the cores belong to the engine.
-        few = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(self.settings.validation_workers)}
+        # A worker's own threads are few and short; the cores belong to the engine. A long prompt that nobody has sent
+        # before is tokenized by all of the second kind together.
+        share = logical_cores() // (self.settings.http_workers or 1)
+        few = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(max(self.settings.validation_workers, share))}
 
         def start(restarts: int) -> Awaitable[Child]:
             module, told = "tgi_gateway.launcher.http_process", replace(assignment, restarts=restarts)

@@ -14,6 +14,7 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Self
 
 import tokenizers
@@ -42,7 +43,8 @@ class Pieces:
         self._characters = characters
         self._most = most
         self._lock = threading.Lock()  # guards _known
-        self._known: OrderedDict[str, array[int]] = OrderedDict()
+        self._known: OrderedDict[str, Future[array[int]]] = OrderedDict()
+        """Those that are being encoded, too: whoever wants the same at the same time waits for them."""
 
     @classmethod
     def of(
@@ -58,28 +60,44 @@ class Pieces:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Raises TypeError for lone surrogates."""
-        pieces = list(self.cut(text))
-        found: dict[str, array[int]] = {}
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # before it can fail the pieces that others wait for
+            raise TypeError(str(error)) from None
+        mine: dict[str, Future[array[int]]] = {}
+        wanted: list[Future[array[int]]] = []
         with self._lock:
-            for piece in pieces:
+            for piece in self.cut(text):
                 ids = self._known.get(piece)
-                if ids is not None:
+                if ids is None:
+                    ids = self._known[piece] = mine[piece] = Future()
+                else:
                     self._known.move_to_end(piece)
-                    found[piece] = ids
-        missing = [piece for piece in dict.fromkeys(pieces) if piece not in found]
-        if missing:
-            encodings = self._inner.encode_batch_fast(missing, add_special_tokens=False)
-            new = {piece: array("I", encoding.ids) for piece, encoding in zip(missing, encodings, strict=True)}
-            found |= new
-            with self._lock:
-                self._known |= new
-                while len(self._known) > self._most:
-                    self._known.popitem(last=False)
+                wanted.append(ids)
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
+        if mine:
+            self._encode(mine)
         joined = array("I")
-        for piece in pieces:
-            joined += found[piece]
+        for each in wanted:
+            joined += each.result()
         before, behind = self._around if add_special_tokens else ([], [])
         return [*before, *joined, *behind]
+
+    def _encode(self, new: Mapping[str, Future[array[int]]]) -> None:
+        """Fill in the ids of pieces that nobody else encodes."""
+        try:
+            encodings = self._inner.encode_batch_fast(list(new), add_special_tokens=False)
+        except BaseException as error:
+            with self._lock:
+                for piece, ids in new.items():
+                    if self._known.get(piece) is ids:
+                        del self._known[piece]
+            for ids in new.values():
+                ids.set_exception(error)
+            raise
+        for ids, encoding in zip(new.values(), encodings, strict=True):
+            ids.set_result(array("I", encoding.ids))
 
     def cut(self, text: str) -> Iterator[str]:
         """Pieces of `characters` or a word more; the last is what is left, and so changes with the text."""
