@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -230,3 +232,19 @@ def test_the_flags_of_tgi_mean_what_they_meant() -> None:
     assert (found.threads, found.threads_batch) == (3, 3)
     assert (found.split_mode, found.main_gpu, found.gpu_layers) == ("none", 1, -1)
     assert (found.mlock, found.mmap, found.physical_tokens) == (True, True, 64)
+
+
+def test_the_engine_runs_without_torch() -> None:
+    code = (
+        "import sys, tgi_backend_llamacpp.engine, tgi_backend_llamacpp.convert, tgi_backend_llamacpp.prepare; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_plugin_describes_itself_without_native_code() -> None:
+    code = (
+        "import sys, tgi_backend_llamacpp.plugin as p; b = p.tgi_backend(); assert b.name == 'llamacpp'; "
+        "assert b.missing() is None; assert not {'llama_cpp', 'numpy', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -58,12 +58,12 @@ def convert(source: Path, target: Path, kind: str | None = None) -> None:
         _write(source, target, kind)
         return
     from tgi_backend_llamacpp.native import quantize
-    from tgi_backend_llamacpp.options import usable_cores
+    from tgi_model_server import machine
 
     floats = target.with_name(f"{target.name}.{os.getpid()}.f32")
     try:
         _write(source, floats, "f32")
-        quantize(floats, target, FILE_TYPES[kind], usable_cores())
+        quantize(floats, target, FILE_TYPES[kind], machine.usable_cores())
     finally:
         floats.unlink(missing_ok=True)
 

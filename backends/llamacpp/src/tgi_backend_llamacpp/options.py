@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 
 from tgi_gateway.backend import EngineOptions, Flag
 from tgi_gateway.errors import SettingsError
+from tgi_model_server import machine
 
 MAX_SEQUENCES = 255
 """llama.cpp can tell 256 apart (LLAMA_MAX_SEQ); one is for prefixes on their way."""
@@ -33,7 +33,7 @@ FLAGS = (
         "GGUF file to serve; --model-id then names the folder of its tokenizer.",
         replaces_weights=True,
     ),
-    Flag("--n-threads", int, None, "Threads for steps in which no prompt is read. Default: the cores that are usable."),
+    Flag("--n-threads", int, None, "Threads for steps in which no prompt is read. Default: all usable cores but one."),
     Flag("--n-threads-batch", int, None, "Threads for steps that read prompts. Default: as --n-threads."),
     Flag("--n-gpu-layers", int, 0, "Layers to put on the GPU; -1: all."),
     Flag("--split-mode", str, "layer", "How to use several GPUs: none, layer, row, or the number of the one to use."),
@@ -87,7 +87,7 @@ class LlamaOptions:
         """Raises `SettingsError` for values that are wrong or contradict each other."""
         given = {flag.name.removeprefix("--").replace("-", "_"): flag.default for flag in FLAGS} | dict(options.extra)
         _refuse(options)
-        threads = _whole(given, "n_threads", 1) or usable_cores()
+        threads = _whole(given, "n_threads", 1) or machine.usable_cores()
         split_mode, main_gpu = _split(str(given["split_mode"]))
         flash = not given["disable_flash_attention"]
         type_k, type_v = str(given["type_k"]), str(given["type_v"])
@@ -118,11 +118,6 @@ class LlamaOptions:
             physical_tokens=min(physical, step + sequences),
             kv_tokens=options.max_batch_total_tokens,
         )
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(options: EngineOptions) -> None:
