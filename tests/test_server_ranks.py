@@ -31,9 +31,8 @@ def ranks() -> set[int]:
 
 def test_two_ranks_answer_as_one_and_end_together(demo_server: Server, tmp_path: Path) -> None:
     before = ranks()
-    with run_server(
-        tmp_path, "--backend", "cpu", "--num-shard", "2", "--dtype", "float32", "--max-batch-total-tokens", "4096"
-    ) as server:
+    flags = "--backend cpu --num-shard 2 --dtype float32 --max-batch-total-tokens 4096 --restart-engine false"
+    with run_server(tmp_path, *flags.split()) as server:
         (rank,) = ranks() - before
         for prompt in PROMPTS:
             split, whole = generate(server, prompt), generate(demo_server, prompt)
