@@ -315,3 +315,17 @@ async def test_the_documentation_page_is_served(worker: Worker) -> None:
     response = await worker.client.get("/docs")
     assert response.status_code == 200
     assert "/api-doc/openapi.json" in response.text
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_prompts_and_answers_are_logged_only_when_asked(
+    start_worker: Callable[..., Any], caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    worker: Worker = await start_worker(log_prompts=asked)
+    with caplog.at_level(logging.DEBUG):
+        await worker.answer("/generate", {"inputs": "open sesame " * 30, "parameters": {"max_new_tokens": 12}})
+        await asyncio.sleep(0)
+    (told,) = [record.tgi_span for record in caplog.records if record.getMessage() == "Success"]  # type: ignore[attr-defined]
+    assert told.get("answer") == ("open sesame " if asked else None)
+    assert told.get("prompt") == ("open sesame " * 30 if asked else None)
+    assert asked or not any("sesame" in str(vars(record)) for record in caplog.records if record.name[:4] == "tgi_")

@@ -262,6 +262,9 @@ class Settings:
     # Logs
     json_output: bool = _flag(False, LOGS, SWITCH, "Log one JSON object per line.")
     log_level: str = _flag("info", LOGS, TEXT, "trace, debug, info, warn or error.", typed=False)
+    log_prompts: bool = _flag(
+        False, LOGS, SWITCH, "Log the beginnings of prompts and answers; otherwise they are in no log."
+    )
     otlp_endpoint: str | None = _flag(
         None, LOGS, TEXT, "Send traces there, over OTLP and gRPC, e.g. http://localhost:4317; needs tgi-gateway[otel].",
         shown_default="no traces",

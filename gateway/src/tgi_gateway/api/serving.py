@@ -40,6 +40,8 @@ MAX_TOP_LOGPROBS = 20
 
 VERSION = version("tgi-gateway")
 FINGERPRINT = f"{VERSION}-native"
+LOGGED_CHARACTERS = 1000
+"""Of a prompt and of an answer, under --log-prompts."""
 
 
 class Permits:
@@ -300,10 +302,19 @@ class Call:
                 input_tokens=len(generation.request.input_ids),
                 generated_tokens=generation.generated_tokens,
                 finish_reason=generation.reason,
+                **self._texts(generation),
             )
             # After the answer has left: a line costs as much as a tenth of a short request.
             asyncio.get_running_loop().call_soon(partial(log.info, "Success", extra=told))
         return times
+
+    def _texts(self, generation: Generation) -> dict[str, str]:
+        """What the log says of prompt and answer: nothing, unless the operator asked for it."""
+        if not self.services.settings.log_prompts:
+            return {}
+        begin = generation.request.input_ids[:LOGGED_CHARACTERS]
+        prompt = self.services.tokenizer.decode(begin, skip_special_tokens=False)
+        return {"prompt": prompt[:LOGGED_CHARACTERS], "answer": generation.text[:LOGGED_CHARACTERS]}
 
     def failed(self, error: Exception) -> None:
         """Account for a request that ended without its answer."""
