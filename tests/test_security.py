@@ -60,7 +60,7 @@ def test_no_source_can_unpickle() -> None:
 
 
 def test_no_source_runs_a_models_code() -> None:
-    """`auto_map` names code in a model's folder. Nobody reads it, and no server executes or imports what a path names."""
+    """`auto_map` names code in a model's folder. Nobody reads it, and no server runs what a path names."""
     for path, tree in trees():
         if path.parts[0] == "contract-tests":
             continue  # which runs an author's own test files
