@@ -136,12 +136,12 @@ def sum_kernel(
 def gather_kernel(
     x,
     out,
+    width,
     inbox,
     addresses,
     counts,
     stop,
     words,
-    width,
     CAPACITY: tl.constexpr,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
@@ -212,38 +212,22 @@ class Exchange:
     def sum(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of all ranks' `x`, written into it; or `residual`, of the same shape, with the sum added to it."""
         out = x if residual is None else residual
-        words = _words(x)
-        sum_kernel[self._grid(words)](
-            words,
-            None if residual is None else _words(residual),
-            _words(out),
-            self._inbox,
-            self._addresses,
-            self._counts,
-            self._stop,
-            words.shape[0],
-            CAPACITY=self._capacity,
-            RANK=self._shard.rank,
-            WORLD=self._shard.world_size,
-            BLOCK=BLOCK,
-            KIND=_KINDS[x.dtype],
-            ADD=residual is not None,
-            EARLY=self._early,
-            num_warps=4,
-        )
+        added = None if residual is None else _words(residual)
+        self._start(sum_kernel, _words(x), added, _words(out), KIND=_KINDS[x.dtype], ADD=residual is not None)
         return out
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, columns] -> [rows, world_size * columns]; a row has whole words."""
         rows, columns = x.shape
         out = torch.empty((rows, self._shard.world_size * columns), dtype=x.dtype, device=x.device)
-        self._gather(_words(x), _words(out), _words(x).shape[0] // rows, first=False)
+        words = _words(x)
+        self._start(gather_kernel, words, _words(out), words.shape[0] // rows, FIRST=False)
         return out
 
     def broadcast(self, x: torch.Tensor) -> None:
         """Rank 0's `x` into all."""
         words = _words(x)
-        self._gather(words, words, words.shape[0], first=True)
+        self._start(gather_kernel, words, words, words.shape[0], FIRST=True)
 
     def abort(self) -> None:
         """No exchange waits any more; what it gives is worthless. From any thread."""
@@ -254,27 +238,24 @@ class Exchange:
         with torch.inference_mode(), torch.cuda.stream(self._abort_stream):
             self._stop.copy_(self._one, non_blocking=True)
 
-    def _gather(self, words: torch.Tensor, out: torch.Tensor, width: int, *, first: bool) -> None:
-        gather_kernel[self._grid(words)](
+    def _start(self, kernel: Any, words: torch.Tensor, *others: torch.Tensor | int | None, **constants: Any) -> None:
+        count = words.shape[0]
+        kernel[(min(triton.cdiv(count, BLOCK), PROGRAMS),)](
             words,
-            out,
+            *others,
             self._inbox,
             self._addresses,
             self._counts,
             self._stop,
-            words.shape[0],
-            width,
+            count,
             CAPACITY=self._capacity,
             RANK=self._shard.rank,
             WORLD=self._shard.world_size,
             BLOCK=BLOCK,
-            FIRST=first,
             EARLY=self._early,
             num_warps=4,
+            **constants,
         )
-
-    def _grid(self, words: torch.Tensor) -> tuple[int]:
-        return (min(triton.cdiv(words.shape[0], BLOCK), PROGRAMS),)
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
