@@ -123,6 +123,16 @@ def test_no_more_pieces_are_remembered_than_allowed() -> None:
     assert len(pieces._known) == 10
 
 
+def test_text_without_a_cut_is_encoded_and_not_remembered() -> None:
+    inner = TAKEN["gpt-2"]
+    pieces = Pieces.of(inner, characters=20, most=10)
+    assert pieces is not None
+    text = "日本" * 50 + " one two three four five six seven eight nine ten eleven" + "x" * 100
+    assert pieces.encode(text, False) == inner.encode(text, add_special_tokens=False).ids
+    assert all(len(piece) <= 40 for piece in pieces._known)
+    assert pieces._known
+
+
 def test_prompts_that_come_together_encode_their_common_beginning_once() -> None:
     inner = TAKEN["gpt-2"]
     encoded: list[str] = []

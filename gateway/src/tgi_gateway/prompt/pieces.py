@@ -20,8 +20,8 @@ from typing import Any, Self
 import tokenizers
 
 PIECE_CHARACTERS = 1024
-MOST_PIECES = 8192
-"""Remembered ones; of 2 to 3 KB each."""
+MOST_PIECES = 4096
+"""Remembered ones; of 3 to 4 KB each."""
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _PROBES = (
     " a b ", "one two", "One Two", "ONE TWO a b", "it's a they'll Be can't Do", "1 a 12 b c 3 d", "a. b c, d (e f) g",
@@ -68,10 +68,11 @@ class Pieces:
         wanted: list[Future[array[int]]] = []
         with self._lock:
             for piece in self.cut(text):
-                ids = self._known.get(piece)
+                ids = self._known.get(piece) or mine.get(piece)
                 if ids is None:
-                    ids = self._known[piece] = mine[piece] = Future()
-                else:
+                    ids = mine[piece] = Future()
+                if len(piece) <= 2 * self._characters:  # text without a cut may be as long as a request
+                    self._known[piece] = ids
                     self._known.move_to_end(piece)
                 wanted.append(ids)
             while len(self._known) > self._most:
