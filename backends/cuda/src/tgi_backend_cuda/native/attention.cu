@@ -6,7 +6,7 @@
 // are rows of one tile of the matrix units. Keys and values of earlier tokens are on their way before the kernel waits
 // for its input; the new token's come from shared memory.
 //
-//   HEAD_DIM     64, 128 or 256                       GROUP         query heads of a KV head, 1 to 8
+//   HEAD_DIM     64 or 128                            GROUP         query heads of a KV head, 1 to 8
 //   PAGE         tokens of a page                     NORM          heads of q and k are normalized first (RMS)
 //   WARPS, STAGES, LEAST  tiles of 16 keys that a block has at least, if there are so many
 #include "arithmetic.cuh"

@@ -14,6 +14,7 @@ from tgi_model_server.device import HeadNorms
 
 _LOG2E = 1.4426950408889634
 _TILE = 16
+_MOST_SPLITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,6 @@ class AttentionTuning:
     """Tiles of 16 keys that make another block worth its part in the reduction."""
     blocks: int = 1
     """Blocks for each multiprocessor that a step of long sequences is divided into, at most."""
-
-
-FEW_ROWS = AttentionTuning()
-MANY_ROWS = AttentionTuning(warps=4, blocks=2)
-MAX_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +70,18 @@ class DecodeShape:
         return Kernel("attention", tuple(constants.items()))
 
     def fitted(self, shared_bytes: int) -> DecodeShape:
-        """With as many stages as a block's shared memory has room for, two at least."""
-        stages = self.tuning.stages
+        """With as many stages and then warps as a block's shared memory has room for."""
         fitted = self
-        while fitted.shared_bytes(64) > shared_bytes and stages > 2:
-            stages -= 1
-            fitted = replace(self, tuning=replace(self.tuning, stages=stages))
+        while fitted.shared_bytes(_MOST_SPLITS) > shared_bytes and fitted.tuning.warps > 1:
+            tuning = fitted.tuning
+            less = {"stages": tuning.stages - 1} if tuning.stages > 2 else {"warps": tuning.warps // 2}
+            fitted = replace(self, tuning=replace(tuning, **less))
         return fitted
 
     def splits(self, rows: int, multiprocessors: int, longest: int) -> int:
         """Blocks that a row and KV head gets at most: as many as run at once, and as `longest` keys need."""
         wanted = self.tuning.blocks * multiprocessors // (rows * self.kv_heads)
-        return max(1, min(wanted, -(-longest // (self.tuning.least * _TILE))))
+        return max(1, min(wanted, -(-longest // (self.tuning.least * _TILE)), _MOST_SPLITS))
 
     def shared_bytes(self, splits: int) -> int:
         """As `attention` in `attention.cu` divides it."""
@@ -166,11 +162,11 @@ class Attention:
 
 
 def supports_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
-    """Whether a model's attention can run here: heads of 64, 128 or 256, at most 8 of them to a KV head, and pages of
-    the same 16-bit dtype.
+    """Whether a model's attention can run here: heads of 64 or 128, at most 8 of them to a KV head, and pages of the
+    same 16-bit dtype.
     """
     return (
-        head_dim in (64, 128, 256)
+        head_dim in (64, 128)
         and heads % kv_heads == 0
         and heads // kv_heads <= 8
         and dtype in (torch.bfloat16, torch.float16)

@@ -1,16 +1,105 @@
 // out = weight . x for up to 8 rows of x: every weight is read once, at the speed of memory, and everything else hides in it.
 //
-// Each warp has a ring of STAGES steps in shared memory that is filled ahead of it; the warps of a block take turns at
-// the chunks of 64 columns of the same rows and add up at the end of a group of rows. The ring runs on from one group to
-// the next, and is filled before the kernel waits for its input.
+// The weight is the left operand of the matrix units, 16 of its rows by 64 of its columns a step and tile, and x the
+// right one. Each warp has a ring of STAGES steps in shared memory that asynchronous copies fill ahead of it; the warps
+// of a block take turns at the chunks of 64 columns of the same rows and add up at the end of a group of rows. The ring
+// runs on from one group to the next, and is filled before the kernel waits for its input.
 //
-//   NORM         x is normalized first (RMS)
+//   TOKENS       rows of x, 1 to 8                    WARPS, STAGES, TILES   a group has 16 * TILES weight rows
+//   NORM         x is normalized first (RMS)          EPILOGUE               see below
 //   PREFETCH     bytes of each row of a block's first group that go to L2 before the wait, behind the ring
-#include "linear.cuh"
+//   EVICT_FIRST  whether weights leave L2 first
+#include "arithmetic.cuh"
 
+#define STORE 0        // out[TOKENS, rows], 16 bits
+#define STORE_FLOAT 1  // out[TOKENS, rows], float
+#define ADD 2          // out[TOKENS, rows] += , 16 bits
+#define GATED 3        // out[TOKENS, rows] = silu(weight[0, rows]) * weight[rows, 2 rows]
+
+#define THREADS (WARPS * 32)
+#define CHUNK 64  // columns of a step: 128 bytes, one line of a cache
+#define CHUNK_BYTES 128
+#define WEIGHT_ROWS (16 * TILES)
+#define GROUP (EPILOGUE == GATED ? 8 * TILES : 16 * TILES)  // outputs of a group
+#define WEIGHT_BYTES (WEIGHT_ROWS * CHUNK_BYTES)
+#define PER_THREAD ((GROUP * TOKENS + THREADS - 1) / THREADS)
 #define STAGE_BYTES (WEIGHT_BYTES + (NORM ? 0 : TOKENS * CHUNK_BYTES))
 #define SUMS (WARPS * WEIGHT_ROWS * TOKENS)
 #define AT_ONCE (TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4)
+
+// Byte of piece `piece` (8 numbers) of row `row` in a tile of 128-byte rows: neither copying nor reading meets a bank twice.
+DEVICE u32 place(u32 row, u32 piece) { return row * CHUNK_BYTES + ((piece ^ (row & 7)) << 4); }
+
+// The row of the weight behind tile row `r` of the group that begins at output `first`. Behind the last, the last again.
+DEVICE u32 weight_row(u32 first, u32 r, u32 rows) {
+    if (EPILOGUE == GATED) return min(first + r / 16 * 8 + r % 8, rows - 1) + (r & 8 ? rows : 0);
+    return min(first + r, rows - 1);
+}
+
+DEVICE void copy_weight(u8 *stage, const u16 *weight, u32 first, u32 chunk, u32 columns, u32 rows, u64 policy) {
+    const u32 lane = threadIdx.x % 32, piece = lane % 8, column = chunk * CHUNK + piece * 8;
+    const bool inside = column < columns;
+#pragma unroll
+    for (u32 i = 0; i < 4 * TILES; i++) {
+        const u32 r = i * 4 + lane / 8;
+        const u64 at = (u64)weight_row(first, r, rows) * columns + (inside ? column : 0);
+        copy_stream(stage + place(r, piece), weight + at, inside, policy);
+    }
+}
+
+DEVICE void copy_input(u8 *stage, const u16 *x, u32 chunk, u32 columns) {
+    const u32 lane = threadIdx.x % 32, piece = lane % 8, column = chunk * CHUNK + piece * 8;
+    const bool inside = column < columns;
+#pragma unroll
+    for (u32 row = lane / 8; row < TOKENS; row += 4)
+        copy_async(stage + place(row, piece), x + (u64)row * columns + (inside ? column : 0), inside);
+}
+
+DEVICE void multiply(float (&sums)[TILES][4], const u8 *weight, const u8 *input) {
+    const u32 lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) {
+        // Lane q has columns 16 q to 16 q + 15 of both operands: any order of a sum will do, if it is the same.
+        uint4 b = make_uint4(0, 0, 0, 0);
+        if (g < TOKENS) b = *(const uint4 *)(input + place(g, 2 * q + j));
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; tile++) {
+            const uint4 low = *(const uint4 *)(weight + place(tile * 16 + g, 2 * q + j));
+            const uint4 high = *(const uint4 *)(weight + place(tile * 16 + g + 8, 2 * q + j));
+            mma(sums[tile], low.x, high.x, low.y, high.y, b.x, b.y);
+            mma(sums[tile], low.z, high.z, low.w, high.w, b.z, b.w);
+        }
+    }
+}
+
+// What the sums of output `at` of token `t` are added to, as it lies in memory.
+struct Added {
+    u16 bias, up_bias, residual;
+};
+DEVICE Added added_to(const u16 *bias, const void *out, u32 t, u32 at, u32 rows) {
+    Added added = {0, 0, 0};
+    if (t < TOKENS && at < rows) {
+        if (bias) added.bias = bias[at];
+        if (bias && EPILOGUE == GATED) added.up_bias = bias[rows + at];
+        if (EPILOGUE == ADD) added.residual = load_fresh((const u16 *)out + (u64)t * rows + at);
+    }
+    return added;
+}
+
+DEVICE void finish(void *out, float sum, float up, Added added, u64 at) {
+    sum += widen(added.bias) + widen(added.residual);
+    if (EPILOGUE == GATED) sum = sum / (1.0f + power_of_2(-1.4426950408889634f * sum)) * (up + widen(added.up_bias));
+    if (EPILOGUE == STORE_FLOAT)
+        ((float *)out)[at] = sum;
+    else
+        ((u16 *)out)[at] = narrow(sum);
+}
+
+// Two 16-bit numbers of a row, normalized: rounded once before the norm's weight and once after it.
+DEVICE u32 scaled(u32 pair, u32 weight, float scale) {
+    const float low = widen(narrow(widen((u16)pair) * scale)), high = widen(narrow(widen((u16)(pair >> 16)) * scale));
+    return narrow2(low * widen((u16)weight), high * widen((u16)(weight >> 16)));
+}
 
 // x normalized (Zhang and Sennrich 2019) into `input`, as chunks of TOKENS rows each, zeros behind the last column.
 DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_weight, float eps, u32 columns) {
@@ -141,11 +230,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const u32 n = threadIdx.x + i * THREADS;
             added[i] = added_to(bias, out, n / GROUP, first + n % GROUP, rows);
         }
-        float sums[TILES][1][4];
+        float sums[TILES][4];
 #pragma unroll
         for (u32 tile = 0; tile < TILES; tile++)
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) sums[tile][0][i] = 0;
+            for (u32 i = 0; i < 4; i++) sums[tile][i] = 0;
 
 #pragma unroll 2
         for (u32 chunk = warp; chunk < chunks; chunk += WARPS) {
@@ -171,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 const u32 t = 2 * q + i % 2;
-                if (t < TOKENS) mine[t * WEIGHT_ROWS + tile * 16 + g + i / 2 * 8] = sums[tile][0][i];
+                if (t < TOKENS) mine[t * WEIGHT_ROWS + tile * 16 + g + i / 2 * 8] = sums[tile][i];
             }
         __syncthreads();
 #pragma unroll

@@ -11,24 +11,14 @@ from collections.abc import Iterable
 
 import torch
 
-from tgi_backend_cuda.native import linear, wide
-from tgi_backend_cuda.native.attention import (
-    FEW_ROWS,
-    MANY_ROWS,
-    MAX_ROWS,
-    Attention,
-    AttentionTuning,
-    DecodeRows,
-    DecodeShape,
-)
+from tgi_backend_cuda.native.attention import Attention, AttentionTuning, DecodeRows, DecodeShape
 from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Launcher
-from tgi_backend_cuda.native.linear import Epilogue, Linear, LinearTunings
-from tgi_backend_cuda.native.wide import Wide
+from tgi_backend_cuda.native.linear import MAX_TOKENS, Epilogue, Linear, LinearTunings
 from tgi_model_server.device import HeadNorms
 
-MAX_TOKENS = wide.MAX_TOKENS
 DEFAULT_TUNINGS = LinearTunings()
+DEFAULT_ATTENTION = AttentionTuning()
 NORMED_EPILOGUES = (Epilogue.STORE, Epilogue.STORE_FLOAT, Epilogue.GATED)
 PLAIN_EPILOGUES = (Epilogue.STORE, Epilogue.ADD)
 """Of which there are operations."""
@@ -44,51 +34,39 @@ class NativeOps:
         self,
         launcher: Launcher,
         tunings: LinearTunings = DEFAULT_TUNINGS,
-        attention: AttentionTuning | None = None,
+        attention: AttentionTuning = DEFAULT_ATTENTION,
     ) -> None:
-        """`attention` in place of what is best for each number of rows."""
         self._launcher = launcher
         self._tunings = tunings
         self._attention = attention
         self._attentions: dict[DecodeShape, Attention] = {}
-        self._scratch: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def supports(self, tokens: int, columns: int, dtype: torch.dtype, *, normed: bool) -> bool:
-        """Whether products of x [tokens, columns] run here: few tokens, 16-bit numbers, rows of whole 16-byte pieces;
-        and what a block keeps in shared memory, with up to 8 tokens a normalized x too, must fit there.
+        """Whether products of x [tokens, columns] run here: few tokens, 16-bit numbers, rows of whole 16-byte pieces. A
+        normalized x must fit a block's shared memory.
         """
         if not 1 <= tokens <= MAX_TOKENS or columns < 8 or columns % 8 or dtype not in (torch.bfloat16, torch.float16):
             return False
-        room = self._launcher.shared_bytes
-        if tokens > linear.MAX_TOKENS:
-            return Wide(tokens, columns, 1, dtype, Epilogue.STORE).shared_bytes <= room
-        epilogues = NORMED_EPILOGUES if normed else PLAIN_EPILOGUES
         return all(
-            self._narrow(tokens, columns, 1, dtype, normed, epilogue).shared_bytes <= room for epilogue in epilogues
+            self._product(tokens, columns, 1, dtype, normed, epilogue).shared_bytes <= self._launcher.shared_bytes
+            for epilogue in (NORMED_EPILOGUES if normed else PLAIN_EPILOGUES)
         )
 
     def kernels(self, dtype: torch.dtype, tokens: Iterable[int], hidden_size: int) -> list[Kernel]:
         """What a decoder starts for steps of these numbers of tokens, attention aside: for `CudaLauncher.prepare`."""
-        found = []
-        for number in tokens:
-            for normed, epilogues in ((True, NORMED_EPILOGUES), (False, PLAIN_EPILOGUES)):
-                if not self.supports(number, hidden_size, dtype, normed=normed):
-                    continue
-                if number > linear.MAX_TOKENS:
-                    found.append(wide.rms_norm_kernel(hidden_size, dtype))
-                    found += [Wide(number, hidden_size, 1, dtype, epilogue).kernel for epilogue in epilogues]
-                else:
-                    found += [
-                        self._narrow(number, hidden_size, 1, dtype, normed, epilogue).kernel for epilogue in epilogues
-                    ]
-        return list(dict.fromkeys(found))
+        return [
+            self._product(number, hidden_size, 1, dtype, normed, epilogue).kernel
+            for number in tokens
+            for normed, epilogues in ((True, NORMED_EPILOGUES), (False, PLAIN_EPILOGUES))
+            for epilogue in epilogues
+            if self.supports(number, hidden_size, dtype, normed=normed)
+        ]
 
-    def attention_kernels(
+    def attention_kernel(
         self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, *, normed: bool
-    ) -> list[Kernel]:
+    ) -> Kernel:
         """What `rope_attention` starts, for every number of rows."""
-        shapes = [self._shape(r, heads, kv_heads, head_dim, page_size, dtype, normed) for r in (1, MAX_ROWS)]
-        return [shape.kernel for shape in shapes]
+        return self._shape(heads, kv_heads, head_dim, page_size, dtype, normed).kernel
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -172,10 +150,10 @@ class NativeOps:
         assert qkv.dtype == k_pool.dtype == v_pool.dtype
         for tensor in (qkv, cos, sin, rows.page_table, rows.kv_lens, rows.cache_slots):
             assert tensor.is_contiguous()
-        shape = self._shape(qkv.shape[0], heads, kv_heads, head_dim, page_size, qkv.dtype, norms is not None)
+        shape = self._shape(heads, kv_heads, head_dim, page_size, qkv.dtype, norms is not None)
         attention = self._attentions.get(shape)
         if attention is None:
-            attention = self._attentions[shape] = Attention(self._launcher, shape, MAX_ROWS, qkv.device)
+            attention = self._attentions[shape] = Attention(self._launcher, shape, MAX_TOKENS, qkv.device)
         out = _result(qkv, heads * head_dim, qkv.dtype, out)
         attention(qkv, cos, sin, k_pool, v_pool, rows, scale=scale, window=window, norms=norms, out=out)
         return out
@@ -196,36 +174,20 @@ class NativeOps:
             assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
         for tensor in (weight, bias, norm_weight):
             assert tensor is None or tensor.dtype == x.dtype
-        rows, normed = out.shape[1], norm_weight is not None
-        if tokens <= linear.MAX_TOKENS:
-            narrow = self._narrow(tokens, columns, rows, x.dtype, normed, epilogue)
-            narrow.start(self._launcher, x, weight, bias, out, norm_weight, eps)
-            return
-        if norm_weight is not None:
-            plain, x = x, torch.empty_like(x)
-            wide.rms_norm(self._launcher, plain, norm_weight, eps, x)
-        product = Wide(tokens, columns, rows, x.dtype, epilogue)
-        words = product.part_words(self._launcher.multiprocessors)
-        scratch = self._scratch.get((words, product.groups)) if words else (None, None)
-        if scratch is None:
-            parts = torch.empty(words, dtype=torch.float32, device=x.device)
-            scratch = parts, torch.zeros(product.groups, dtype=torch.int32, device=x.device)
-            self._scratch[words, product.groups] = scratch
-        product.start(self._launcher, x, weight, bias, out, *scratch)
+        product = self._product(tokens, columns, out.shape[1], x.dtype, norm_weight is not None, epilogue)
+        product.start(self._launcher, x, weight, bias, out, norm_weight, eps)
 
-    def _narrow(
+    def _product(
         self, tokens: int, columns: int, rows: int, dtype: torch.dtype, normed: bool, epilogue: Epilogue
     ) -> Linear:
         tuning = self._tunings.of(normed, epilogue)
         return Linear(tokens, columns, rows, dtype, normed, epilogue, tuning).fitted(self._launcher.shared_bytes)
 
     def _shape(
-        self, rows: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, normed: bool
+        self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, normed: bool
     ) -> DecodeShape:
-        tuning = self._attention or (FEW_ROWS if rows <= linear.MAX_TOKENS else MANY_ROWS)
-        return DecodeShape(kv_heads, heads // kv_heads, head_dim, page_size, dtype, normed, tuning).fitted(
-            self._launcher.shared_bytes
-        )
+        shape = DecodeShape(kv_heads, heads // kv_heads, head_dim, page_size, dtype, normed, self._attention)
+        return shape.fitted(self._launcher.shared_bytes)
 
 
 def _result(x: torch.Tensor, columns: int, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
