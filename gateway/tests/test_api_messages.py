@@ -72,6 +72,13 @@ async def test_a_stream_tells_the_same(says: Callable[..., Any]) -> None:
     assert streamed == whole
 
 
+async def test_an_answer_without_words_has_no_blocks(says: Callable[..., Any]) -> None:
+    worker: Worker = await says("")
+    assert (await worker.answer(MESSAGES, ASKED))["content"] == []
+    events = parse_named_events((await worker.post(MESSAGES, ASKED | {"stream": True})).text)
+    assert [event["type"] for event in events] == ["message_start", "message_delta", "message_stop"]
+
+
 async def test_thoughts_are_left_out_unless_asked_for(says: Callable[..., Any]) -> None:
     worker: Worker = await says("<think>Hm.</think>Yes.", PLAIN + "{# </think> #}")
     for fields in ({}, {"thinking": {"type": "disabled"}}):

@@ -41,7 +41,7 @@ class Grammar:
         """What is wrong with its length, if anything. JSON schemas in a Lark grammar count as such, all together."""
         own = len(self.source)
         if self.kind == "lark":
-            schemas = embedded_schemas(self.source)
+            schemas = _embedded_characters(self.source)
             own -= schemas
             if schemas > (allowed := MAX_GRAMMAR_CHARACTERS["json"]):
                 return f"its JSON schemas have {schemas} characters; allowed are {allowed}"
@@ -50,7 +50,7 @@ class Grammar:
         return None
 
 
-def embedded_schemas(lark: str) -> int:
+def _embedded_characters(lark: str) -> int:
     """Characters of the JSON objects that follow ``%json`` in a Lark grammar."""
     count = position = 0
     while (found := _EMBEDDED.search(lark, position)) is not None:

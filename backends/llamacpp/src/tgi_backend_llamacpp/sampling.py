@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from tgi_backend_llamacpp import filters
 from tgi_backend_llamacpp.filters import Row
-from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import NO_LOGPROB, Request, SamplingParams
 from tgi_model_server.plan import StepPlan, StepResult
 from tgi_model_server.runner import StepOutput
+from tgi_model_server.sampling.checks import check_token_ids
 from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.uniform import uniform
@@ -55,13 +55,7 @@ class Sampler:
     def admit(self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None) -> None:
         """Raises `ValidationError` for token ids that the vocabulary lacks, and for a grammar at its limits."""
         sampling = request.sampling
-        for what, ids in (
-            ("logit_bias", [token for token, _ in sampling.logit_bias]),
-            ("stop_token_ids", request.stop.stop_token_ids),
-            ("input_ids", request.input_ids),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
-                raise ValidationError(f"{what} holds a token id outside 0 .. {self._vocab_size - 1}.")
+        check_token_ids(request, self._vocab_size)
         if constraint is not None:
             self._masks.admit(slot, constraint, request, output_ids)
         penalized = (

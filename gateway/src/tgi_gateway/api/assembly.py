@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api.answers import Part, Reader, Text
+from tgi_gateway.api.answers import Part, Reader
 from tgi_gateway.api.bodies import ChatBody
 from tgi_gateway.api.errors import Dialect
 from tgi_gateway.api.generation import Generation, Piece
@@ -63,13 +63,9 @@ async def respond(
     call.account([answer], len(prepared.prompt))
     reader = Reader(prepared.reading)
     assembler.begin(len(answer.valid.request.input_ids))
-    if prepared.reading.plain and not answer.valid.request.logprobs:
-        reader.words.append(answer.generation.text)
-        assembler.add(Text(answer.generation.text), answer.pieces)
-    else:
-        for piece in answer.pieces:
-            _add(assembler, reader.push(piece), [piece])
-        _add(assembler, reader.finish(answer.generation.rest), [])
+    for piece in answer.pieces:
+        _add(assembler, reader.push(piece), [piece])
+    _add(assembler, reader.finish(answer.generation.rest), [])
     assembler.end(Ending(answer.generation, reader, usage_of([answer], [reader])))
     return Response(msgspec.json.encode(assembler.document()), headers=call.headers, media_type="application/json")
 

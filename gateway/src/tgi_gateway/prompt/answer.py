@@ -152,14 +152,6 @@ class Scanner:
             raise Malformed
         yield
 
-    def at_least(self, count: int) -> Generator[None, None, bool]:
-        """Wait until so many characters are there; False if the text ends before."""
-        while len(self.buffer) < count:
-            if self.ended:
-                return False
-            yield
-        return True
-
     def peek(self) -> Generator[None, None, str]:
         """The next character that is no white space, which is consumed up to there; empty at the end."""
         while True:

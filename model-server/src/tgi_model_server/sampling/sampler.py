@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import Request
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.runner import StepOutput
 from tgi_model_server.sampling import filters
+from tgi_model_server.sampling.checks import check_token_ids
 from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.penalties import TokenCounts
@@ -88,13 +88,7 @@ class Sampler:
         """Raises `ValidationError` for token ids that the vocabulary lacks, and for a grammar at its limits."""
         assert (constraint is None) == (request.sampling.grammar is None), "a grammar is compiled before it comes here"
         sampling = request.sampling
-        for what, ids in (
-            ("logit_bias", [token for token, _ in sampling.logit_bias]),
-            ("stop_token_ids", request.stop.stop_token_ids),
-            ("input_ids", request.input_ids),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
-                raise ValidationError(f"{what} holds a token id outside 0 .. {self._vocab_size - 1}.")
+        check_token_ids(request, self._vocab_size)
         if constraint is not None:
             self._masks.admit(slot, constraint, request, output_ids)
         penalized = (
