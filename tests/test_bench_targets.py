@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import model_folder
 import pytest
+import simulated
 import soak
 import targets
 from report import Measured
 from served import Served
 from tokenizers import Tokenizer
 from workload import Ask, PromptMaker
+
+from tgi_gateway.backend import EngineOptions
+from tgi_gateway.types import Request, SamplingParams, StepEvents, StopRules
 
 BENCH = Path(targets.__file__)
 
@@ -90,3 +95,25 @@ def test_a_soak_finds_memory_that_grows_and_a_cache_that_was_never_full(monkeypa
     assert judged([960.0] * 40, flat, monkeypatch) == []
     assert "grew" in judged([960.0] * 40, growing, monkeypatch)[0]
     assert "proves nothing" in judged([500.0] * 40, flat, monkeypatch)[0]
+
+
+async def test_the_simulated_device_answers_in_full_and_tells_how_busy_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environ = simulated.install(tmp_path)
+    assert (tmp_path / "simulated-1.dist-info" / "entry_points.txt").read_text().endswith("simulated = simulated\n")
+    assert str(BENCH.parent) in environ["PYTHONPATH"]
+    fast = {"device_step_ms": 0.2, "device_row_ms": 0.01, "device_token_ms": 0.001, "device_launch_ms": 0.0}
+    backend = simulated.create(EngineOptions(tmp_path, "nothing", max_batch_size=4, extra=fast))
+    seen: list[StepEvents] = []
+    info = await backend.start(seen.append)
+    assert info.max_sequences == 4
+    for number in range(6):
+        backend.submit(Request(number, tuple(range(40)), SamplingParams(), StopRules(20, ignore_eos=True)))
+    async with asyncio.timeout(60):
+        while sum(len(events.finished) for events in seen) < 6:  # noqa: ASYNC110 - its thread knows of no event loop
+            await asyncio.sleep(0.01)
+    assert sum(len(events.token_ids) for events in seen) == 6 * 20
+    with caplog.at_level("INFO"):
+        await backend.stop(5.0)
+    assert "device busy" in caplog.text
