@@ -263,7 +263,8 @@ class DeviceContract(Collectives):
         """As the prefix cache has it: the same pages at the head of several rows."""
         shape = shape_of(dtype)
         page = device.kv_layout(shape).page_size
-        plan = plan_of(page, [(1, 2 * page + 3), (1, 2 * page + 1), (5, 3 * page), (1, 4)])
+        # What is new lies behind the shared pages, as in the engine: nobody writes to a page that another row reads.
+        plan = plan_of(page, [(1, 2 * page + 3), (1, 2 * page + 1), (min(3, page), 3 * page), (1, 4)])
         for row in (1, 2):
             plan.pages[row] = [*plan.pages[0][:2], *plan.pages[row][2:]]
         self.check_close(
