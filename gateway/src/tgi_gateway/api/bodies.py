@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import UNSET, Meta, Struct
@@ -495,7 +496,7 @@ def decode(raw: bytes, kind: type[Body], *, strict: bool = False) -> Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _no_json(error) from None
     if strict:
-        for where, name, _ in _unknown(_plain(raw), kind, "$"):
+        for where, name, _ in _unknown(_plain(raw), _Inside((kind,)), "$"):
             raise Rejection(
                 422, f"Failed to deserialize the JSON body into the target type: unknown field `{name}` at `{where}`"
             )
@@ -505,7 +506,7 @@ def decode(raw: bytes, kind: type[Body], *, strict: bool = False) -> Body:
 def decode_known(raw: bytes, kind: type[Body]) -> Body:
     """As `decode`, for APIs that refuse what they do not define. Raises `UnknownParameter` as well."""
     body = decode(raw, kind)
-    for where, name, known in _unknown(_plain(raw), kind, "$"):
+    for where, name, known in _unknown(_plain(raw), _Inside((kind,)), "$"):
         near = difflib.get_close_matches(name, known, n=1)
         raise UnknownParameter(f"{where}.{name}".removeprefix("$."), f"; did you mean `{near[0]}`?" if near else "")
     return body
@@ -529,40 +530,55 @@ def _no_json(error: Exception) -> Rejection:
     return Rejection(400, f"Failed to parse the request body as JSON: {text}")
 
 
-def _unknown(value: object, kind: object, where: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Each key that no struct of `kind` knows: where it is, its name, and the names that are known there.
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """The structs that a value of some type may be, and what the items of a list may be."""
 
-    Follows structs, lists and unions.
-    """
+    structs: tuple[type[Struct], ...] = ()
+    items: _Inside | None = None
+
+    @staticmethod
+    def of(kind: object) -> _Inside | None:
+        """Follows unions and lists; None: no struct anywhere."""
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            return _Inside((kind,))
+        parts = [part for inner in get_args(kind) if (part := _Inside.of(inner)) is not None]
+        if not parts:
+            return None
+        items = next((part.items for part in parts if part.items is not None), None)
+        found = _Inside(tuple(struct for part in parts for struct in part.structs), items)
+        return _Inside(items=found) if get_origin(kind) is list else found
+
+
+def _unknown(value: object, inside: _Inside, where: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Each key that no struct knows which `value` may be: where it is, its name, and the names that are known there."""
     if isinstance(value, list):
-        for place, item in enumerate(value):
-            for inner in get_args(kind) if isinstance(item, dict | list) else ():
-                yield from _unknown(item, inner, f"{where}[{place}]")
-        return
-    if not isinstance(value, dict):
-        return
-    structs = _structs(kind, value)
-    if not structs:
-        return
-    known = {name: field for struct in structs for name, field in _fields(struct).items()}
-    for key, inner in value.items():
-        if key not in known:
-            yield where, key, list(known)
-        else:
-            yield from _unknown(inner, known[key], f"{where}.{key}")
+        if inside.items is not None:
+            for place, item in enumerate(value):
+                yield from _unknown(item, inside.items, f"{where}[{place}]")
+    elif isinstance(value, dict):
+        structs = [struct for struct in inside.structs if _may_be(struct, value)]
+        if not structs:
+            return
+        known = _fields(structs[0])
+        for struct in structs[1:]:
+            known = known | _fields(struct)
+        for key, inner in value.items():
+            if key not in known:
+                yield where, key, list(known)
+            elif (deeper := known[key]) is not None:
+                yield from _unknown(inner, deeper, f"{where}.{key}")
 
 
-def _structs(kind: object, value: dict[str, object]) -> list[type[Struct]]:
-    if isinstance(kind, type) and issubclass(kind, Struct):
-        config = kind.__struct_config__
-        return [kind] if config.tag is None or value.get(str(config.tag_field)) == config.tag else []
-    return [struct for inner in get_args(kind) for struct in _structs(inner, value)]
+def _may_be(struct: type[Struct], value: dict[str, object]) -> bool:
+    config = struct.__struct_config__
+    return config.tag is None or value.get(str(config.tag_field)) == config.tag
 
 
 @cache
-def _fields(struct: type[Struct]) -> dict[str, object]:
-    fields: dict[str, object] = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
+def _fields(struct: type[Struct]) -> dict[str, _Inside | None]:
+    fields = {field.encode_name: _Inside.of(field.type) for field in msgspec.structs.fields(struct)}
     config = struct.__struct_config__
     if config.tag_field is not None:
-        fields[config.tag_field] = str
+        fields[config.tag_field] = None
     return fields
