@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from tgi_gateway.api import bodies
-from tgi_gateway.api.auth import Keys
 from tgi_gateway.errors import SettingsError
+from tgi_gateway.keys import Keys
 from tgi_gateway.settings import Settings
 from tgi_gateway.testing.echo import EchoBackend
 from tgi_gateway.testing.worker import Worker, byte_toy, error_text, parse_events, until

@@ -16,13 +16,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tgi_gateway.api import bodies, caller, openapi
-from tgi_gateway.api.auth import ApiKey, Keys
+from tgi_gateway.api.auth import ApiKey
 from tgi_gateway.api.doors import Doors
 from tgi_gateway.api.errors import ClientGone, Rejection, as_gateway_error, error_response, openai_refusal
 from tgi_gateway.api.routes import Route, all_routes
 from tgi_gateway.api.serving import VERSION, Services
 from tgi_gateway.api.sse import DIRECT_SEND
 from tgi_gateway.errors import TimedOut
+from tgi_gateway.keys import Keys
 
 __all__ = ["Services", "create_app"]
 

@@ -21,6 +21,7 @@ from tgi_gateway import hub, plugins
 from tgi_gateway.backend import ModelFiles
 from tgi_gateway.cores import logical_cores
 from tgi_gateway.errors import PluginError, StartError
+from tgi_gateway.keys import Keys
 from tgi_gateway.launcher import processes, runtime
 from tgi_gateway.launcher.child import Assignment
 from tgi_gateway.launcher.display import Display
@@ -104,6 +105,7 @@ class Supervisor:
         self._tell_settings()
         tracing.check(self.settings)
         _check_plugin(self.settings.backend)
+        Keys.of(self.settings)  # a file that cannot be read is told before a model loads
         with (
             contextlib.closing(runtime.bind(self.settings.hostname, self.settings.port)) as taken,
             runtime.runtime_folder(self.settings.shard_uds_path) as folder,
