@@ -49,18 +49,23 @@ def test_sigterm_lets_64_streams_finish_and_refuses_new_requests(byte_model: Pat
         ThreadPoolExecutor(count) as pool,
     ):
         streams = begun(gateway, pool, count, tokens)
-        gateway.process.send_signal(signal.SIGTERM)
-        gateway.wait_for("no new requests")
-        until_answers(gateway, "/health/ready", 503, within_s=1)
-        refused = httpx.post(f"{gateway.url}/generate", json=BODY)
-        assert (refused.status_code, refused.json()["error_type"]) == (503, "healthcheck")
-        assert "The server is stopping" in refused.json()["error"]
-        assert int(refused.headers["retry-after"]) > 0
-        assert httpx.get(f"{gateway.url}/health").status_code == 200
-        for answer in streams:
-            events = answer.result(WAIT_S)
-            assert len(events) == tokens
-            assert len(str(events[-1]["generated_text"])) == tokens
+        endless = {"inputs": "abc", "parameters": {"max_new_tokens": 4000}}
+        # While this one is open the drain goes on, however slow the machine is.
+        with httpx.stream("POST", f"{gateway.url}/generate_stream", json=endless, timeout=WAIT_S) as held:
+            lines = held.iter_lines()  # whose end would be the stream's
+            next(lines)
+            gateway.process.send_signal(signal.SIGTERM)
+            gateway.wait_for("no new requests")
+            until_answers(gateway, "/health/ready", 503)
+            refused = httpx.post(f"{gateway.url}/generate", json=BODY, timeout=WAIT_S)
+            assert (refused.status_code, refused.json()["error_type"]) == (503, "healthcheck")
+            assert "The server is stopping" in refused.json()["error"]
+            assert int(refused.headers["retry-after"]) > 0
+            assert httpx.get(f"{gateway.url}/health", timeout=WAIT_S).status_code == 200
+            for answer in streams:
+                events = answer.result(WAIT_S)
+                assert len(events) == tokens
+                assert len(str(events[-1]["generated_text"])) == tokens
         assert gateway.end() == 0
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", gateway.port)) != 0
