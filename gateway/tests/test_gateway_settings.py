@@ -294,3 +294,13 @@ def test_several_keys_are_secrets() -> None:
     with pytest.raises(SettingsError, match="whole number") as raised:
         Settings.parse(["--backend", "echo", "--max-concurrent-requests-per-key", "0"], {})
     assert "0" in str(raised.value)
+
+
+def test_of_a_flag_that_is_given_twice_the_last_counts_for_the_plug_ins_flags_too() -> None:
+    asked: list[str] = []
+    settings = Settings.parse(
+        ["--backend", "one", "--backend", "two"],
+        {},
+        flags_of=lambda name: asked.append(name) or (),  # type: ignore[func-returns-value]
+    )
+    assert (settings.backend, asked) == ("two", ["two"])

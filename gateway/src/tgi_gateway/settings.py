@@ -505,9 +505,9 @@ def _flags_of_plugin(backend: str) -> Sequence[Flag]:
 
 
 def _backend_name(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """First phase of parsing: which plug-in may add flags."""
+    """First phase of parsing: which plug-in may add flags. Of several, the last counts, as for every flag."""
     option = _OPTIONS["backend"]
-    for place, argument in enumerate(argv):
+    for place, argument in reversed(list(enumerate(argv))):
         if argument == option.flag and place + 1 < len(argv):
             return argv[place + 1]
         if argument.startswith(f"{option.flag}="):
