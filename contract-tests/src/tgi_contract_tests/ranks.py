@@ -137,7 +137,8 @@ class Rank:
                 wanted = torch.stack([part.float() for part in parts]).sum(0)
                 self.close(found, wanted, dtype, f"the sum of {dtype} [{rows}, {columns}]")
                 bits = zlib.crc32(found.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-                same = self.group.minimum(bits) == bits == -self.group.minimum(-bits)
+                least, most = self.group.minimum(bits), -self.group.minimum(-bits)  # both, on every rank
+                same = least == bits == most
                 self.demand(same, f"the sum of {dtype} [{rows}, {columns}] has other bits on other ranks")
 
     def all_gather(self) -> None:
