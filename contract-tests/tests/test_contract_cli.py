@@ -68,9 +68,9 @@ def test_a_plugin_that_imports_a_runtime_is_caught(outsider: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "changed"),
     [
-        ("import os; os.environ['OUTSIDER'] = '1'", "environment"),
+        ("import os; os.environ['OUTSIDER'] = str(os.getpid())", "environment"),
         ("import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "threads"),
-        ("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)", "signal handlers"),
+        ("import signal; signal.signal(signal.SIGTERM, lambda *_: None)", "signal handlers"),
         ("import logging; logging.basicConfig()", "log handlers"),
         ("opened = open('/dev/null')", "open files"),
         ("print('hello')", "standard output"),

@@ -17,7 +17,7 @@ from tgi_contract_tests.rules import demand
 
 HEAVY = ("torch", "transformers", "jax", "tensorflow", "tensorrt_llm", "llama_cpp", "torch_xla", "numpy", "triton")
 LOAD = """
-import json, logging, os, signal, sys, threading
+import io, json, logging, os, signal, sys, threading
 from tgi_gateway import plugins
 
 def process():
@@ -31,13 +31,13 @@ def process():
         "umask": os.umask(0o22) or os.umask(0o22),
     }
 
-out, sys.stdout = sys.stdout, open(os.devnull, "w")
+out, sys.stdout = sys.stdout, io.StringIO()
 modules, before = set(sys.modules), process()
 plugin = plugins.load(sys.argv[1])
 plugin.missing()
 after = process()
 changed = [name for name in before if before[name] != after[name]]
-printed = sys.stdout.tell()
+printed = sys.stdout.getvalue()
 told = [plugin.name, plugin.summary, repr(sorted(plugin.capabilities.features)), plugin.capabilities.tolerance]
 told += [plugin.capabilities.prefix_cache, plugin.capabilities.batching, plugin.needs_model, plugin.api_version]
 told += [[flag.name, flag.kind.__name__, repr(flag.default), flag.help] for flag in plugin.flags]
