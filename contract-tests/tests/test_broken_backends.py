@@ -159,7 +159,9 @@ SIDE_EFFECTS: dict[str, tuple[str, ...]] = {
     "CancelsLate": ("test_an_engine_does_not_run_ahead_of_a_busy_gateway",),
     # Its threads may overtake each other.
     "StepsOverlap": (
+        "test_a_bad_request_leaves_its_neighbours_alone",
         "test_a_greedy_request_gives_the_same_tokens_again",
+        "test_an_engine_does_not_run_ahead_of_a_busy_gateway",
         "test_a_slow_gateway_loses_nothing",
         "test_greedy_tokens_do_not_depend_on_the_batch",
         "test_penalties_do_not_reach_the_neighbours",

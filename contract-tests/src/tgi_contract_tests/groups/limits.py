@@ -111,9 +111,13 @@ class CapacityAndOverload(ContractBase):
         rows = engine.model.max_sequences
         flood = [self.request(self.prompt(engine, seed=seed), 2) for seed in range(40 * rows)]
         early = self.request(self.prompt(engine, seed=7), 2)
-        left, answers = flood[2 * rows :], []
+        left, answers, overtaken = flood[2 * rows :], [], True
 
         def follow(step: StepEvents) -> None:
+            nonlocal overtaken
+            if left and any(each.request_id == early.request_id for each in step.finished):
+                overtaken = False
+                left.clear()
             for _ in range(min(2 * len(step.finished), len(left))):
                 request = left.pop()
                 answers.append(engine.answers.setdefault(request.request_id, Answer(request)))
@@ -123,8 +127,6 @@ class CapacityAndOverload(ContractBase):
         try:
             waited, *first = self.together(engine, early, *flood[: 2 * rows])
             engine.wait_ended(waited, rule="overload")
-            overtaken = not left
-            left.clear()
             engine.wait_ended(*first, *answers, rule="overload")
         finally:
             engine.on_emit = None
