@@ -207,8 +207,9 @@ def step_of_float8(kv_dtype: torch.dtype, scale: float = 1.0) -> tuple[float, fl
     # From here on both read the same numbers.
     ops = TritonOps(SMALL)
     found = ops.attention(q, *pools, planned, scale=0.2, sliding_window=None)
-    wide = [pool.float() for pool in pools]
-    wanted = REFERENCE.attention(q.float(), *wide, reference_plan(plan, layout, PLACE), scale=0.2, sliding_window=None)
+    keys, values = (pool.float() for pool in pools)
+    theirs_plan = reference_plan(plan, layout, PLACE)
+    wanted = REFERENCE.attention(q.float(), keys, values, theirs_plan, scale=0.2, sliding_window=None)
     close(found, wanted)
     return off, largest
 

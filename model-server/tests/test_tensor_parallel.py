@@ -62,6 +62,7 @@ class Leader(Client):
     @property
     def pids(self) -> list[int]:
         """Of the other ranks."""
+        assert isinstance(self.backend, TorchBackend)
         followers = self.backend._followers
         assert followers is not None
         return [follower.process.pid for follower in followers._followers]

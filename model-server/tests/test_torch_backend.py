@@ -21,7 +21,7 @@ from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StopRul
 from tgi_model_server import stepped
 from tgi_model_server.backend import TorchBackend
 from tgi_model_server.device import Device
-from tgi_model_server.engine import load_engine
+from tgi_model_server.engine import Engine, load_engine
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import DeviceLost, StepOutput
 from tgi_model_server.testing.client import Client
@@ -248,10 +248,15 @@ async def test_health_is_true_when_idle_and_busy_and_emits_nothing(folder: Path)
         await client.backend.health()
 
 
+def engine_of(client: Client) -> Engine:
+    assert isinstance(client.backend, TorchBackend)
+    assert client.backend._engine is not None
+    return client.backend._engine
+
+
 async def test_a_lost_device_fails_open_requests_and_health(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(folder, ReferenceDevice) as client:
-        engine = client.backend._engine
-        assert engine is not None
+        engine = engine_of(client)
 
         def lost(_plan: StepPlan) -> StepOutput:
             raise DeviceLost("it fell off the bus")
@@ -271,8 +276,7 @@ async def test_a_hanging_device_is_unhealthy_until_it_goes_on(folder: Path, monk
     monkeypatch.setattr(stepped, "PROBE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(stepped, "STALL_S", 0.05)
     async with serving(folder, ReferenceDevice) as client:
-        engine = client.backend._engine
-        assert engine is not None
+        engine = engine_of(client)
         run, go_on = engine.run, threading.Event()
 
         def hang(plan: StepPlan) -> StepOutput:
