@@ -331,8 +331,13 @@ def test_a_complete_folder_is_taken_as_it_is(folder: Path) -> None:
     assert resolve("--model-id", "org/model", "--weights-cache-override", str(folder)) == folder
 
 
-def test_a_file_is_a_model_for_engines_that_read_files(folder: Path) -> None:
-    assert resolve("--model-id", str(folder / "model.safetensors")) == folder / "model.safetensors"
+def test_a_file_is_a_model_for_engines_that_read_such_files(folder: Path) -> None:
+    file = folder / "model.gguf"
+    file.write_bytes(b"")
+    assert resolve("--model-id", str(file), weights=("safetensors", "gguf")) == file.resolve()
+    for path, weights in ((file, hub.SAFETENSORS), (folder / "model.safetensors", ("safetensors", "gguf"))):
+        with pytest.raises(ModelError, match="is a file. This backend serves model folders"):
+            resolve("--model-id", str(path), weights=weights)
 
 
 @pytest.mark.parametrize(
