@@ -336,7 +336,7 @@ def test_a_file_is_a_model_for_engines_that_read_such_files(folder: Path) -> Non
     file.write_bytes(b"")
     assert resolve("--model-id", str(file), weights=("safetensors", "gguf")) == file.resolve()
     for path, weights in ((file, hub.SAFETENSORS), (folder / "model.safetensors", ("safetensors", "gguf"))):
-        with pytest.raises(ModelError, match="is a file. This backend serves model folders"):
+        with pytest.raises(ModelError, match=r"is a file\. This backend serves model folders"):
             resolve("--model-id", str(path), weights=weights)
 
 
