@@ -26,10 +26,8 @@ class CudaAttentionPlan(TritonAttentionPlan):
     prompts: PlannedPrompts | None = None
 
 
-NATIVE_TOKENS = (1,)
-"""Sizes of steps that run on the native kernels. They take up to 8 tokens; of 2 to 8 their present machine code has not
-been compared on a GPU yet (`tests/native_gpu.py` does it).
-"""
+NATIVE_TOKENS = (1, 2, 4, 8)
+"""Sizes of steps that run on the native kernels: those that there are graphs of, up to 8."""
 
 
 class CudaOps(TritonOps):
