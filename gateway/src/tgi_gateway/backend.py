@@ -150,7 +150,9 @@ class Backend(Protocol):
         """End the request and free its capacity within one step."""
         ...
 
-    def capacity(self) -> Capacity: ...
+    def capacity(self) -> Capacity:
+        """What is free now. It may be asked after `stop`, too."""
+        ...
 
     async def health(self) -> None:
         """Return if the engine can generate; raise `Unhealthy` if not. Cheap while steps make progress."""

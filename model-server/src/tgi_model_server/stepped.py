@@ -109,7 +109,8 @@ class SteppedBackend(Backend, ABC):
 
     def capacity(self) -> Capacity:
         loop, loaded = self._running_loop, self._loaded
-        assert loaded is not None
+        if loaded is None:  # workers are told their last events after the engine is gone
+            return Capacity(0, 0, 0, 0, preemptions=loop.stats.preemptions)
         info = loaded.info
         load = loop.load
         compiling = 0 if self._compiler is None else self._compiler.waiting

@@ -93,6 +93,11 @@ class Lifecycle(ContractBase):
         own_engine.wait_ended(answer, rule="drain")
         demand(isinstance(answer.ending, Failed), "drain", f"a request after `stop` ended in {answer.ending}")
 
+    def test_a_stopped_engine_still_tells_its_capacity(self, own_engine: Engine) -> None:
+        """The host asks for it while it tells the HTTP workers what has ended."""
+        own_engine.stop()
+        own_engine.capacity()
+
 
 class Health(ContractBase):
     def test_health_is_ok_when_idle_and_when_busy(self, engine: Engine) -> None:
