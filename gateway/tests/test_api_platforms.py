@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tgi_gateway.testing.manual import ManualBackend
 from tgi_gateway.testing.scripted import Script, ScriptedBackend
 from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, error_text, parse_events
 
@@ -111,13 +112,26 @@ async def test_kserve_tells_what_it_is(worker: Worker) -> None:
     assert model == {"name": "any", "version": "7", "extensions": ["infer", "ready"]}
 
 
-async def test_kserve_is_live_but_not_ready_without_its_engine(worker: Worker) -> None:
-    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/any/versions/7/ready"):
+async def test_kserve_is_live_but_not_ready_when_requests_are_not_taken(worker: Worker) -> None:
+    live, *ready = ("/v2/health/live", "/v2/health/ready", "/v2/models/any/versions/7/ready")
+    for path in (live, *ready):
         response = await worker.client.get(path)
         assert (response.status_code, response.json()) == (200, {"live": True})
-    await worker.services.backend.stop(0.0)
-    assert (await worker.client.get("/v2/health/live")).status_code == 200
-    assert (await worker.client.get("/v2/health/ready")).status_code == 503
+    worker.services.reachable = lambda: False
+    assert (await worker.client.get(live)).status_code == 200
+    for path in ready:
+        response = await worker.client.get(path)
+        assert (response.status_code, response.json()["error_type"]) == (503, "healthcheck")
+
+
+async def test_kserves_probe_of_readiness_asks_nothing_of_the_engine(start_worker: Callable[..., Any]) -> None:
+    """A token would have to wait behind those of others, and a busy server is ready."""
+    engine = ManualBackend()
+    engine.healthy = False
+    worker: Worker = await start_worker(engine)
+    assert (await worker.client.get("/health/generate")).status_code == 503
+    for path in ("/v2/health/ready", "/v2/models/any/versions/7/ready"):
+        assert (await worker.client.get(path)).status_code == 200
 
 
 async def test_kserve_infers_from_bytes_and_from_texts_in_the_order_of_the_inputs(worker: Worker) -> None:
