@@ -13,7 +13,7 @@ import pytest
 
 from tgi_gateway.api import bodies
 from tgi_gateway.errors import SettingsError
-from tgi_gateway.keys import Keys
+from tgi_gateway.keys import KeyFile, Keys
 from tgi_gateway.settings import Settings
 from tgi_gateway.testing.echo import EchoBackend
 from tgi_gateway.testing.worker import Worker, byte_toy, error_text, parse_events, until
@@ -55,13 +55,36 @@ def test_tenants_are_as_many_as_keys_and_name_none_of_them() -> None:
     assert not tenants & {"a", "b", None}
 
 
-@pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe", b"fine\nsha256:00aa\n"])
 def test_a_key_file_without_keys_is_an_error_at_start(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "keys"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(SettingsError, match="--api-keys-file"):
         Keys.of(Settings(api_keys_file=str(file)))
+
+
+def test_a_key_file_has_changed_once_it_is_no_longer_being_written(tmp_path: Path) -> None:
+    file, other = tmp_path / "keys", tmp_path / "other"
+    file.write_text("a\n")
+    watched = KeyFile(file)
+    assert not watched.changed()
+    file.write_text("a\nb")
+    assert not watched.changed()
+    file.write_text("a\nbcd\n")
+    assert [watched.changed() for _ in range(3)] == [False, True, False]
+    other.write_text("a\nbce\n")
+    other.replace(file)
+    assert [watched.changed() for _ in range(3)] == [False, True, False]
+    file.unlink()
+    assert [watched.changed() for _ in range(3)] == [False, True, False]
+
+
+def test_hashed_keys_are_the_same_keys_and_tell_none() -> None:
+    keys = Keys(["secret", "other"])
+    again = Keys(keys.hashed)
+    assert again.tenant(b"secret") == keys.tenant(b"secret") is not None
+    assert "secret" not in str(keys.hashed)
 
 
 def test_an_empty_file_setting_means_no_keys() -> None:

@@ -1,9 +1,13 @@
-"""The API keys that are accepted: from flags, environment or a file, kept as digests, compared in constant time."""
+"""The API keys that are accepted: from flags, environment or a file, kept as digests, compared in constant time.
+
+The launcher alone reads the file, at start and when it was changed; the HTTP workers are told digests.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +24,17 @@ class Keys:
 
     def __init__(self, keys: Iterable[str]) -> None:
         """Each is the key itself, or ``sha256:`` and its digest in hex."""
+        self._digests: tuple[bytes, ...]
+        self.replace(keys)
+
+    def replace(self, keys: Iterable[str]) -> None:
+        """From now on these, and no others."""
         self._digests = tuple(dict.fromkeys(map(_digest, keys)))
+
+    @property
+    def hashed(self) -> tuple[str, ...]:
+        """The same keys for `Keys` again, without saying what they are."""
+        return tuple(f"sha256:{digest.hex()}" for digest in self._digests)
 
     @staticmethod
     def of(settings: Settings) -> Keys | None:
@@ -56,4 +70,33 @@ def _read(path: Path) -> list[str]:
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise SettingsError(f"Invalid argument: `--api-keys-file` {path} holds no key; write one a line")
+    for number, line in enumerate(lines, 1):
+        if line.startswith("sha256:") and not _DIGEST.fullmatch(line):
+            raise SettingsError(
+                f"Invalid argument: `--api-keys-file` {path}, line {number}: `sha256:` is followed by 64 hex digits"
+            )
     return keys
+
+
+class KeyFile:
+    """Notices that the file of keys has become another, be it written anew, replaced, or what a link leads to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = self._before = self._look()
+
+    def changed(self) -> bool:
+        """True once for each change, when two looks in turn find the same: who writes it may not have finished."""
+        now = self._look()
+        settled, self._before = now == self._before, now
+        if not settled or now == self._read:
+            return False
+        self._read = now
+        return True
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            found = os.stat(self._path)
+        except OSError as error:
+            return (error.errno or 0,)
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

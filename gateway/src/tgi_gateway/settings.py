@@ -142,10 +142,17 @@ class Settings:
         (), SERVER, comma_list(TEXT, "KEY,...", repeatable=True), "Further keys, any of which will do.", secret=True
     )
     api_keys_file: str | None = _flag(
-        None, SERVER, FILE, "File of further keys, one a line: the key itself, or sha256: and its digest in hex."
+        None,
+        SERVER,
+        FILE,
+        "File of further keys, one a line: the key itself, or sha256: and its digest in hex. "
+        "What is changed in it counts within seconds.",
     )
     public_routes: tuple[str, ...] = _flag(
-        ("/health", "/health/ready", "/ping"), SERVER, comma_list(TEXT, "ROUTE,..."), "Routes that need no API key."
+        ("/health", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready"),
+        SERVER,
+        comma_list(TEXT, "ROUTE,..."),
+        "Routes that need no API key.",
     )
     compute_type: str | None = _flag(
         None, SERVER, TEXT, "Told in the header x-compute-type.", shown_default="number and kind of the devices",

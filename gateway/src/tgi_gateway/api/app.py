@@ -23,7 +23,6 @@ from tgi_gateway.api.routes import Route, all_routes
 from tgi_gateway.api.serving import VERSION, Services
 from tgi_gateway.api.sse import DIRECT_SEND
 from tgi_gateway.errors import TimedOut
-from tgi_gateway.keys import Keys
 
 __all__ = ["Services", "create_app"]
 
@@ -100,10 +99,9 @@ def create_app(services: Services) -> FastAPI:
             app.add_api_route(route.path, endpoint, methods=["HEAD"], include_in_schema=False)
     app.add_exception_handler(HTTPException, _without_body)
     settings = services.settings
-    keys = Keys.of(settings)
-    if keys is not None:
+    if services.keys is not None:
         dialects = {route.path: route.dialect for route in routes}
-        app.add_middleware(ApiKey, keys=keys, public_routes=settings.open_routes, dialects=dialects)
+        app.add_middleware(ApiKey, keys=services.keys, public_routes=settings.open_routes, dialects=dialects)
     app.add_middleware(caller.Identify, timeout_s=settings.request_timeout, tracing=services.tracing)
     # Added last, so it is outermost: a browser must be able to read a 401, and its preflight carries no key.
     app.add_middleware(

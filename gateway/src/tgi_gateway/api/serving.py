@@ -21,6 +21,7 @@ from tgi_gateway.api.generation import Generation, Generations, Piece
 from tgi_gateway.backend import Backend, ModelInfo
 from tgi_gateway.errors import Cancelled, GatewayError, Overloaded, Unhealthy
 from tgi_gateway.host.pace import Pace
+from tgi_gateway.keys import Keys
 from tgi_gateway.prompt import stops, tools, validate
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.reasoning import Marks
@@ -83,6 +84,8 @@ class Services:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     metrics: RequestMetrics
+    keys: Keys | None
+    """None: every caller is welcome."""
     reachable: Callable[[], bool] = lambda: True
     """Whether the engine is there, be it well or not."""
     doors: Doors = field(default_factory=Doors)

@@ -1,8 +1,8 @@
 """The child's side of a process that the launcher started: what to do, where to report, when to die.
 
-A child gets one line of JSON on its standard input, its `Assignment`. The pipe then stays open; when it closes, the
-launcher is gone and the child ends itself and all it started. Logs go to standard output, `Report`s to a pipe of their
-own, so that nothing a library prints can be taken for a report.
+A child gets one line of JSON on its standard input, its `Assignment`. The pipe then stays open for `Order`s; when it
+closes, the launcher is gone and the child ends itself and all it started. Logs go to standard output, `Report`s to a
+pipe of their own, so that nothing a library prints can be taken for a report.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import contextlib
 import faulthandler
 import logging
 import os
+import queue
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,15 @@ class Assignment:
     restarts: int = 0
     """How many processes had this place before."""
     listen_fd: int = -1
+    keys: tuple[str, ...] = ()
+    """Of an HTTP worker: `Keys.hashed`; none: every caller is welcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the launcher tells a running child: the API keys that are accepted from now on."""
+
+    keys: tuple[str, ...]
 
 
 BEAT_S = 1.0
@@ -68,9 +78,29 @@ class Report:
 
 
 class Reporter:
+    """The child's line to the launcher, in both directions."""
+
     def __init__(self, fd: int) -> None:
         self._fd = fd
         os.set_blocking(fd, False)  # a launcher that does not read for a while must not stop its children
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._wake: Callable[[], object] = lambda: None
+
+    def obey(self, carry_out: Callable[[Order], None]) -> None:
+        """Have `carry_out` called in this event loop with each order, also with those that came before."""
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            while not self._orders.empty():
+                carry_out(self._orders.get())
+
+        self._wake = lambda: loop.call_soon_threadsafe(look)
+        look()
+
+    def ordered(self, order: Order) -> None:
+        """From the thread that listens."""
+        self._orders.put(order)
+        self._wake()
 
     def ready(self, text: str = "") -> None:
         self._send(Report("ready", text))
@@ -95,10 +125,11 @@ def run(main: Callable[[Assignment, Reporter], Awaitable[int | None]]) -> int:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
     faulthandler.enable()
-    assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
+    told = _lines(sys.stdin.fileno())
+    assignment = msgspec.json.decode(next(told, b""), type=Assignment)
     reporter = Reporter(assignment.report_fd)
     logs.configure_child(assignment.settings.log_level, assignment.process)
-    _watch_launcher(assignment.runtime_folder)
+    _watch_launcher(told, assignment.runtime_folder, reporter)
 
     async def awaited() -> int:
         return await main(assignment, reporter) or 0
@@ -122,12 +153,21 @@ def stop_signal() -> asyncio.Event:
     return told
 
 
-def _watch_launcher(runtime_folder: str) -> None:
-    """End this process group as soon as the launcher is gone, however it went."""
+def _lines(fd: int) -> Iterator[bytes]:
+    """Whole lines until the other end closes. No thread may be inside Python's own reader when the interpreter ends."""
+    rest = b""
+    while chunk := os.read(fd, 1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _watch_launcher(told: Iterator[bytes], runtime_folder: str, reporter: Reporter) -> None:
+    """Take the launcher's orders; end this process group as soon as it is gone, however it went."""
 
     def watch() -> None:
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
+        for line in told:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                reporter.ordered(msgspec.json.decode(line, type=Order))
         shutil.rmtree(runtime_folder, ignore_errors=True)
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpgrp(), signal.SIGKILL)

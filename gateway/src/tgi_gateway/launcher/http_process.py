@@ -20,6 +20,7 @@ from tgi_gateway.api.serving import Services
 from tgi_gateway.api.sse import SLOWNESS, Slowness
 from tgi_gateway.backend import ModelInfo
 from tgi_gateway.errors import Unhealthy
+from tgi_gateway.keys import Keys
 from tgi_gateway.launcher import child
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
@@ -80,6 +81,13 @@ class _Server(uvicorn.Server):
 async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
     settings = assignment.settings
     folder = Path(assignment.tokenizer_path)
+    keys = Keys(assignment.keys) if assignment.keys else None
+
+    def obey(order: child.Order) -> None:
+        if keys is not None:
+            keys.replace(order.keys)
+
+    reporter.obey(obey)
     tokenizer = Tokenizer.from_folder(folder, settings.tokenizer_config_path, settings.validation_workers)
     chat_template = ChatTemplate.from_folder(folder, settings.tokenizer_config_path)
     # However long the model takes: the launcher ends this process if the engine fails.
@@ -117,6 +125,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
             max_total_tokens=info.max_total_tokens,
             restarted=assignment.restarts > 0,
         ),
+        keys=keys,
         reachable=lambda: backend.attached,
         tracing=Tracing.of(settings, assignment.process),
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tgi_gateway.errors import StartError
-from tgi_gateway.launcher.child import BEAT_S, Assignment, Report
+from tgi_gateway.launcher.child import BEAT_S, Assignment, Order, Report
 
 MAX_LINE_BYTES = 1 << 20
 """A longer log line is cut in pieces."""
@@ -80,6 +80,11 @@ class Child:
         if report is not None:
             raise StartError(report.text, exit_code=report.exit_code)
         raise StartError(f"{self.name} {ending(code)} before it was ready")
+
+    def order(self, order: Order) -> None:
+        """Tell it; one that has ended hears nothing."""
+        if self.alive and self.process.stdin is not None:
+            self.process.stdin.write(msgspec.json.encode(order) + b"\n")
 
     def tell_to_stop(self) -> None:
         self._signal(signal.SIGTERM, group=False)

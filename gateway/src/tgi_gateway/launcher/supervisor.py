@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,10 +21,10 @@ import msgspec
 from tgi_gateway import hub, plugins
 from tgi_gateway.backend import ModelFiles
 from tgi_gateway.cores import logical_cores
-from tgi_gateway.errors import PluginError, StartError
-from tgi_gateway.keys import Keys
+from tgi_gateway.errors import PluginError, SettingsError, StartError
+from tgi_gateway.keys import KeyFile, Keys
 from tgi_gateway.launcher import processes, runtime
-from tgi_gateway.launcher.child import Assignment
+from tgi_gateway.launcher.child import Assignment, Order
 from tgi_gateway.launcher.display import Display
 from tgi_gateway.launcher.processes import Child
 from tgi_gateway.launcher.restarts import Restarts
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 STILL_WAITING_S = 10.0
 AFTER_FAILURE_S = 5.0
 """How long HTTP workers get to tell their clients that the engine is gone."""
+KEYS_POLL_S = 1.0
+"""How often the file of API keys is looked at."""
 MARGIN_S = 5.0
 """What an orderly end may take beyond the time that requests get."""
 
@@ -82,6 +85,9 @@ class Supervisor:
     _children: list[Child] = field(default_factory=list)
     _display: Display | None = None
     _phase: str = ""
+    _keys: tuple[str, ...] = ()
+    """The API keys that are accepted now, see `Keys.hashed`."""
+    _key_file: KeyFile | None = None
 
     async def run(self) -> int:
         """Raises `StartError`."""
@@ -105,7 +111,9 @@ class Supervisor:
         self._tell_settings()
         tracing.check(self.settings)
         _check_plugin(self.settings.backend)
-        Keys.of(self.settings)  # a file that cannot be read is told before a model loads
+        if self.settings.api_keys_file is not None:
+            self._key_file = KeyFile(Path(self.settings.api_keys_file))
+        self._keys = self._accepted()  # a file that cannot be read is told before a model loads
         with (
             contextlib.closing(runtime.bind(self.settings.hostname, self.settings.port)) as taken,
             runtime.runtime_folder(self.settings.shard_uds_path) as folder,
@@ -176,7 +184,7 @@ class Supervisor:
     async def _worker(self, worker: int, folder: RuntimeFolder, model: ModelFiles, taken: socket.socket) -> _Place:
         assignment = replace(
             self._assignment(f"http-{worker}", folder),
-            settings=replace(self.settings, hf_token=None),
+            settings=self.settings.without_secrets(),
             model_path=str(model.model),
             tokenizer_path=str(model.tokenizer),
             worker=worker,
@@ -187,9 +195,12 @@ class Supervisor:
         share = logical_cores() // (self.settings.http_workers or 1)
         few = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(max(self.settings.validation_workers, share))}
 
-        def start(restarts: int) -> Awaitable[Child]:
-            module, told = "tgi_gateway.launcher.http_process", replace(assignment, restarts=restarts)
-            return self._start(module, told, few, keep_fds=(taken.fileno(),))
+        async def start(restarts: int) -> Child:
+            told = replace(assignment, restarts=restarts, keys=self._keys)
+            child = await self._start("tgi_gateway.launcher.http_process", told, few, keep_fds=(taken.fileno(),))
+            if told.keys != self._keys:  # they changed meanwhile
+                child.order(Order(self._keys))
+            return child
 
         return _Place(assignment.process, start, await start(0), lasting=True)
 
@@ -259,12 +270,13 @@ class Supervisor:
         places = [engine, *workers]
         keeping = [asyncio.create_task(self._keep(place, folder)) for place in places]
         signalled = asyncio.create_task(self._signalled.wait())
+        following = asyncio.create_task(self._follow_keys(workers))
         try:
             await asyncio.wait([signalled, *keeping], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (signalled, *keeping):
+            for task in (signalled, following, *keeping):
                 task.cancel()
-            await asyncio.gather(signalled, *keeping, return_exceptions=True)
+            await asyncio.gather(signalled, following, *keeping, return_exceptions=True)
         taken.close()  # the port must close when the last worker stops accepting
         alive = [place.child for place in workers if place.child.alive]
         if self._signals:
@@ -322,6 +334,27 @@ class Supervisor:
         child.kill()
         await asyncio.wait([child.exit])
         return True
+
+    def _accepted(self) -> tuple[str, ...]:
+        """Raises `SettingsError`."""
+        keys = Keys.of(self.settings)
+        return () if keys is None else keys.hashed
+
+    async def _follow_keys(self, workers: Sequence[_Place]) -> None:
+        """Have every HTTP worker take the keys of a file that has changed; from a broken one nobody takes any."""
+        while self._key_file is not None:
+            await asyncio.sleep(KEYS_POLL_S)
+            if not self._key_file.changed():
+                continue
+            try:
+                before, self._keys = set(self._keys), self._accepted()
+            except SettingsError as error:
+                logger.error("%s. The %d API keys from before stay in force", error, len(self._keys))
+                continue
+            for place in workers:
+                place.child.order(Order(self._keys))
+            added, gone = len(set(self._keys) - before), len(before - set(self._keys))
+            logger.info("%d API keys are in force: %d new, %d gone", len(self._keys), added, gone)
 
     async def _fail(self, without_engine: bool, engine: Child, workers: Sequence[Child]) -> None:
         grace = AFTER_FAILURE_S if without_engine else self.settings.shutdown_timeout + MARGIN_S

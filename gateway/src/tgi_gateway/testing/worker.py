@@ -21,6 +21,7 @@ from tgi_gateway.api.app import create_app
 from tgi_gateway.api.generation import Generations
 from tgi_gateway.api.serving import Services
 from tgi_gateway.backend import Backend, ModelInfo
+from tgi_gateway.keys import Keys
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.settings import Settings
@@ -130,8 +131,10 @@ async def running_worker(backend: Backend, folder: Path, **settings: Any) -> Asy
     generations.bind(asyncio.get_running_loop())
     info = await backend.start(generations.emit)
     tokenizer = Tokenizer.from_folder(folder)
+    chosen = Settings(**settings)
     services = Services(
-        settings=Settings(**settings),
+        settings=chosen,
+        keys=Keys.of(chosen),
         info=info,
         backend=backend,
         generations=generations,
