@@ -527,6 +527,70 @@ def test_an_idle_loop_does_not_turn() -> None:
     loop.stop(0.0)
 
 
+def test_events_are_told_while_the_next_step_is_computed() -> None:
+    told, computed = threading.Event(), []
+
+    class Slow(ToyRunner):
+        def run(self, plan: StepPlan) -> Any:
+            if self.steps == 1:
+                computed.append(told.wait(30))  # the second step: the first one's token must come out meanwhile
+            return super().run(plan)
+
+    runner = Slow()
+    ledger = Ledger()
+
+    def emit(events: StepEvents) -> None:
+        ledger(events)
+        told.set()
+
+    loop = StepLoop(runner, limits_of(runner), [runner.eos], emit)
+    loop.start()
+    asked = request(1, [1, 2], 5, ignore_eos=True)
+    loop.submit(asked)
+    ledger.wait_for(lambda: 1 in ledger.ends)
+    loop.stop(0.0)
+    assert computed == [True]
+    assert ledger.tokens[1] == expected(runner, asked)
+
+
+@DEPTHS
+def test_events_that_cannot_be_handed_on_end_the_loop(depth: int) -> None:
+    runner = ToyRunner(pipeline_depth=depth, num_pages=5000)
+    taken: list[StepEvents] = []
+
+    def emit(events: StepEvents) -> None:
+        taken.append(events)
+        if len(taken) == 2:
+            raise ConnectionError("nobody is there")
+
+    loop = StepLoop(runner, limits_of(runner), [runner.eos], emit)
+    loop.submit(request(1, [1, 2], 9000, ignore_eos=True))
+    loop.start()
+    loop._thread.join(30)
+    assert loop.ended
+    assert loop.failure
+    assert taken[-1].failed[0].request_id == 1
+
+
+def test_steps_do_not_run_ahead_of_whoever_is_slow_to_hear_of_them() -> None:
+    runner = ToyRunner(num_pages=5000)
+    ledger, ahead = Ledger(), []
+
+    def emit(events: StepEvents) -> None:
+        time.sleep(0.002)
+        ahead.append(runner.steps - ledger.emitted)
+        ledger(events)
+
+    loop = StepLoop(runner, limits_of(runner), [runner.eos], emit)
+    loop.start()
+    asked = request(1, [1, 2], 100, ignore_eos=True)
+    loop.submit(asked)
+    ledger.wait_for(lambda: 1 in ledger.ends)
+    loop.stop(0.0)
+    assert ledger.tokens[1] == expected(runner, asked)
+    assert max(ahead) == 2  # the one that is told, and the one that was computed meanwhile
+
+
 @DEPTHS
 def test_stop_drains_what_fits_in_the_time(depth: int) -> None:
     runner = ToyRunner(pipeline_depth=depth)

@@ -1,6 +1,7 @@
 """The step loop: one thread that plans, runs and reads steps for as long as there is work.
 
-With a Runner of depth 2 it plans and starts step n + 1 while step n runs, and reads step n while n + 1 runs.
+With a Runner of depth 2 it plans and starts step n + 1 while step n runs, and reads step n while n + 1 runs. With one
+of depth 1, which computes in this thread, another thread hands the events of step n on while n + 1 is computed.
 Callers' threads only append to a deque and set an event.
 """
 
@@ -19,6 +20,7 @@ from tgi_gateway.types import Failed, Request, StepEvents
 from tgi_model_server.batcher import Batcher, BatchLimits, BatchStats, Step
 from tgi_model_server.plan import StepResult
 from tgi_model_server.runner import DeviceLost, Runner, StepOutput
+from tgi_model_server.teller import Teller
 
 if TYPE_CHECKING:
     from tgi_model_server.sampling.grammar import Constraint
@@ -79,6 +81,7 @@ class StepLoop:
         self.batcher = Batcher(limits, runner, eos_token_ids)
         """Belongs to the loop's thread."""
         self._emit = emit
+        self._teller: Teller | None = None
         self._in_flight: deque[tuple[Step, StepOutput]] = deque()
         self._failures = 0
         # From other threads; cancels as plain ids.
@@ -156,6 +159,8 @@ class StepLoop:
         return bool(load.running or load.waiting)
 
     def _main(self) -> None:
+        if self._runner.pipeline_depth == 1:
+            self._teller = Teller(self._emit, self.lose)
         try:
             while self.turn():
                 if not self.has_work():
@@ -164,6 +169,8 @@ class StepLoop:
             self.failure = self.failure or "the step loop broke"
             log.critical("the step loop ends: %s", error, exc_info=True)
         finally:
+            if self._teller is not None:
+                self._teller.close()  # before others may emit
             self._close()
 
     def turn(self) -> bool:
@@ -182,7 +189,9 @@ class StepLoop:
             self._read_step()
         self._note_load()
         events = batcher.take_events()
-        if events:
+        if events and self._teller is not None:
+            self._teller.hold(events)
+        elif events:
             self._emit(events)
         if self.failure is not None:
             return False
@@ -191,6 +200,8 @@ class StepLoop:
         return True
 
     def _sleep(self) -> None:
+        if self._teller is not None:
+            self._teller.tell()
         # Clear first, look second: whoever appends in between sets the event again.
         self._wake.clear()
         if not self._inbox and self._stop_at_s is None and self._lost is None:
@@ -224,6 +235,8 @@ class StepLoop:
         if self._in_flight and isinstance(self._in_flight[-1][1], _NotStarted):
             return False
         step = self.batcher.plan()
+        if self._teller is not None:
+            self._teller.tell()
         if step is None:
             return False
         output: StepOutput

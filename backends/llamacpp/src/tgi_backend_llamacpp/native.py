@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,11 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_backend_llamacpp.options import KV_TYPES, NUMA, LlamaOptions
+from tgi_backend_llamacpp.sequences import Saved
 from tgi_gateway.errors import ModelError, StartError
 
 log = logging.getLogger(__name__)
 
 Indices: TypeAlias = npt.NDArray[np.intp]
+Numbers: TypeAlias = Sequence[int] | npt.NDArray[Any]
+Logits: TypeAlias = npt.NDArray[np.float32]
 
 SPIN_COUNT = "2000000"
 """How long OpenMP's threads look for the next operation before they fall asleep: some tens of milliseconds, so that
@@ -164,23 +167,26 @@ class Context:
         self._memory = api.llama_get_memory(self._handle)
         self._vocab_size = model.vocab_size
         self._adapter: Any = None
+        self._logits_place = (0, 0)
+        self._logits_array: Logits = np.empty((0, model.vocab_size), np.float32)
         self.max_tokens: int = api.llama_n_batch(self._handle)
         """Tokens of one `decode`."""
         self._make_batch(self.max_tokens)
 
-    def decode(
-        self, tokens: npt.ArrayLike, positions: npt.ArrayLike, sequences: npt.ArrayLike, wanted: Indices
-    ) -> npt.NDArray[np.float32]:
+    def decode(self, tokens: Numbers, positions: Numbers, sequences: Numbers, wanted: Numbers) -> Logits:
         """Compute these tokens; float32 [wanted, vocabulary], the logits at those indices, ascending.
 
         They are llama.cpp's own memory, good until the next call. Raises `RuntimeError`.
         """
-        count = np.size(tokens)
+        count = len(tokens)
         self._tokens[:count] = tokens
         self._positions[:count] = positions
         self._sequences[:count] = sequences
-        self._outputs[:count] = 0
-        self._outputs[wanted] = 1
+        if len(wanted) == count:
+            self._outputs[:count] = 1
+        else:
+            self._outputs[:count] = 0
+            self._outputs[wanted] = 1
         self._batch.n_tokens = count
         _last_errors.clear()
         status = self._api.llama_decode(self._handle, self._batch)
@@ -190,7 +196,17 @@ class Context:
         if not len(wanted):
             self._api.llama_synchronize(self._handle)
             return np.empty((0, self._vocab_size), np.float32)
-        return np.ctypeslib.as_array(self._api.llama_get_logits(self._handle), (len(wanted), self._vocab_size))
+        return self._logits(len(wanted))
+
+    def _logits(self, rows: int) -> Logits:
+        """What llama.cpp has just computed. The array is made anew only where it is another one than after the last
+        step: making it takes longer than all else that is done here."""
+        first = self._api.llama_get_logits(self._handle)
+        place = (ctypes.addressof(first.contents), rows)
+        if place != self._logits_place:
+            self._logits_place = place
+            self._logits_array = np.ctypeslib.as_array(first, (rows, self._vocab_size))
+        return self._logits_array
 
     def use_adapter(self, adapter: Any) -> None:
         """For the following calls of `decode`; None: no adapter."""
@@ -211,17 +227,15 @@ class Context:
         """Take positions ``begin .. end - 1``, or all, from a sequence. What no sequence has any more is free."""
         self._api.llama_memory_seq_rm(self._memory, sequence, begin, end)
 
-    def save(self, sequence: int) -> bytes:
+    def save(self, sequence: int) -> Saved:
         """The keys and values of a sequence, with their positions."""
-        size = self._api.llama_state_seq_get_size(self._handle, sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        written = self._api.llama_state_seq_get_data(self._handle, buffer, size, sequence)
-        return bytes(memoryview(buffer)[:written])
+        saved = np.empty(self._api.llama_state_seq_get_size(self._handle, sequence), np.uint8)
+        written = self._api.llama_state_seq_get_data(self._handle, _bytes_of(saved), len(saved), sequence)
+        return saved[:written]
 
-    def load(self, sequence: int, saved: bytes) -> None:
+    def load(self, sequence: int, saved: Saved) -> None:
         """What `save` gave, as the content of `sequence`. Raises `RuntimeError`."""
-        buffer = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
-        if not self._api.llama_state_seq_set_data(self._handle, buffer, len(saved), sequence):
+        if not self._api.llama_state_seq_set_data(self._handle, _bytes_of(saved), len(saved), sequence):
             raise RuntimeError(f"a cached prefix cannot be loaded ({_why()})")
 
     def clear(self) -> None:
@@ -250,6 +264,10 @@ class Context:
         ):
             kind = dict(type(batch)._fields_)[name]
             setattr(batch, name, ctypes.cast(array.ctypes.data, kind))
+
+
+def _bytes_of(array: Saved) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def quantize(source: Path, target: Path, kind: int, threads: int) -> None:

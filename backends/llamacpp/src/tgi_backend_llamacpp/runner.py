@@ -80,10 +80,25 @@ class LlamaRunner:
 
     def _compute(self, plan: StepPlan) -> tuple[Logits, dict[int, list[float]]]:
         """float32 logits [sampled rows, vocabulary], and log-probabilities of prompts by row."""
-        step = _Flat(plan)
-        adapters = [self._sampler.adapter(slot) for slot in plan.slots] if self._adapters else [None] * len(plan.slots)
+        if not self._adapters and not plan.prompt_targets:
+            return self._decode_whole(plan), {}
+        adapters = [self._sampler.adapter(slot) for slot in plan.slots]
         if not plan.prompt_targets and len(set(adapters)) == 1:
-            return self._decode(adapters[0], step, np.arange(len(plan.token_ids)), step.last_tokens), {}
+            self._use(adapters[0])
+            return self._decode_whole(plan), {}
+        return self._compute_parts(plan, adapters)
+
+    def _decode_whole(self, plan: StepPlan) -> Logits:
+        """The plan as it is. Nothing but lists for steps without prompts, which are the many."""
+        if plan.is_decode:
+            return self._context.decode(plan.token_ids, plan.positions(), plan.slots, plan.sample_rows)
+        owners = np.repeat(np.asarray(plan.slots, np.int32), plan.query_lens)
+        last = np.cumsum(plan.query_lens)[plan.sample_rows] - 1
+        return self._context.decode(plan.token_ids, plan.positions(), owners, last)
+
+    def _compute_parts(self, plan: StepPlan, adapters: Sequence[str | None]) -> tuple[Logits, dict[int, list[float]]]:
+        """The same with a batch for every adapter, and for every prompt of which all logits are wanted."""
+        step = _Flat(plan)
         chosen: dict[int, Row] = {}
         prompt_logprobs: dict[int, list[float]] = {}
         sampled = set(plan.sample_rows)
@@ -117,9 +132,12 @@ class LlamaRunner:
 
     def _decode(self, adapter: str | None, step: _Flat, tokens: Indices, wanted: Indices) -> Logits:
         """The logits at `wanted`, which are some of `tokens`; both are places in the step, ascending."""
-        self._context.use_adapter(None if adapter is None else self._adapters[adapter])
+        self._use(adapter)
         places = np.searchsorted(tokens, wanted)
         return self._context.decode(step.token_ids[tokens], step.positions[tokens], step.owners[tokens], places)
+
+    def _use(self, adapter: str | None) -> None:
+        self._context.use_adapter(None if adapter is None else self._adapters[adapter])
 
 
 class _Flat:
@@ -132,7 +150,6 @@ class _Flat:
         self.ends = np.cumsum(plan.query_lens)
         """Per row: the place after its last token."""
         self._starts = self.ends - plan.query_lens
-        self.last_tokens = self.ends[plan.sample_rows] - 1
 
     def tokens_of(self, rows: Sequence[int]) -> Indices:
         return np.concatenate([np.arange(self._starts[row], self.ends[row]) for row in rows])

@@ -14,9 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from tgi_model_server.kv.pages import PageAllocator
+
+Saved: TypeAlias = npt.NDArray[np.uint8]
+"""Keys and values of a sequence, as llama.cpp writes them."""
 
 
 class Cells(Protocol):
@@ -26,9 +32,9 @@ class Cells(Protocol):
 
     def remove(self, sequence: int, begin: int = -1, end: int = -1) -> None: ...
 
-    def save(self, sequence: int) -> bytes: ...
+    def save(self, sequence: int) -> Saved: ...
 
-    def load(self, sequence: int, saved: bytes) -> None: ...
+    def load(self, sequence: int, saved: Saved) -> None: ...
 
     def clear(self) -> None: ...
 
@@ -106,7 +112,7 @@ class SequenceMap:
         self._bound: dict[int, _Bound] = {}
         self._live: dict[int, int] = {}
         """Page -> a slot whose sequence has it."""
-        self._saved: dict[int, bytes] = {}
+        self._saved: dict[int, Saved] = {}
         """Page -> its keys and values."""
 
     def _take_over(self, slot: int, pages: Sequence[int], start: int) -> None:
@@ -132,7 +138,7 @@ class SequenceMap:
                     self._load(slot, index, pages[index], start)
         bound.pages[: len(pages)] = pages
 
-    def _save(self, slot: int, index: int) -> bytes:
+    def _save(self, slot: int, index: int) -> Saved:
         begin = index * self._page_size
         self._cells.copy(slot, self._spare, begin, begin + self._page_size)
         saved = self._cells.save(self._spare)

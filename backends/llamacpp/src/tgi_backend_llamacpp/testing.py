@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from tgi_backend_llamacpp.sequences import SequenceMap
+import numpy as np
+
+from tgi_backend_llamacpp.sequences import Saved, SequenceMap
 from tgi_gateway.types import NO_LOGPROB, Request
 from tgi_model_server.kv.pages import PageAllocator
 from tgi_model_server.kv.prefix import PrefixCache
@@ -41,14 +43,15 @@ class CellStore:
         for position in [p for p in held if (begin < 0 or p >= begin) and (end < 0 or p < end)]:
             del held[position]
 
-    def save(self, sequence: int) -> bytes:
+    def save(self, sequence: int) -> Saved:
         self.saves += 1
-        return json.dumps([(position, cell[0]) for position, cell in self.sequences[sequence].items()]).encode()
+        text = json.dumps([(position, cell[0]) for position, cell in self.sequences[sequence].items()])
+        return np.frombuffer(text.encode(), np.uint8)
 
-    def load(self, sequence: int, saved: bytes) -> None:
+    def load(self, sequence: int, saved: Saved) -> None:
         assert not self.sequences[sequence]
         self.loads += 1
-        self.sequences[sequence].update((position, [value]) for position, value in json.loads(saved))
+        self.sequences[sequence].update((position, [value]) for position, value in json.loads(saved.tobytes()))
         self._count()
 
     def clear(self) -> None:
