@@ -37,6 +37,7 @@ from tgi_model_server.batcher import Batcher, BatchLimits, Step
 from tgi_model_server.plan import StepResult
 from tgi_model_server.plan_wire import PlanDecoder, PlanEncoder
 
+VOCABULARY = 32_000
 PAGE_SIZE = 16
 STEPS = 300
 """Measured ones, after as many as two pages of tokens."""
@@ -79,7 +80,7 @@ def requests(rows: int, context: int, workers: int) -> list[Request]:
     sampling = SamplingParams()
     stop = StopRules(STEPS + 10 * PAGE_SIZE, ignore_eos=True)
     return [
-        Request(row | (row % workers) << WORKER_SHIFT, tuple(rng.choices(range(32_000), k=context)), sampling, stop)
+        Request(row | (row % workers) << WORKER_SHIFT, tuple(rng.choices(range(VOCABULARY), k=context)), sampling, stop)
         for row in range(rows)
     ]
 
@@ -88,7 +89,7 @@ def batcher_steps(stages: Stages, asked: Sequence[Request], context: int) -> lis
     """Steady decode at depth 2; the events of every step."""
     rows, length = len(asked), context + STEPS + 10 * PAGE_SIZE
     pages = rows * (-(-length // PAGE_SIZE) + 1) + 1
-    batcher = Batcher(BatchLimits(PAGE_SIZE, pages, rows, 8192, length, length), NoSlots(), ())
+    batcher = Batcher(BatchLimits(PAGE_SIZE, pages, rows, 8192, length, length, VOCABULARY), NoSlots(), ())
     for request in asked:
         batcher.add(request, 0.0)
     encoder, decoder = PlanEncoder(), PlanDecoder()

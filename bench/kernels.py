@@ -134,7 +134,7 @@ class Bench:
             yield self._attention("prefill", rows, new, kv_len)
         for rows in (each for each in shape.tokens if each <= 256):
             read = 4 * rows * shape.vocabulary
-            yield Case("argmax", f"{rows} rows", lambda rows=rows: self._argmax(rows), read)  # type: ignore[misc]
+            yield Case("greedy", f"{rows} rows", lambda rows=rows: self._greedy(rows), read)  # type: ignore[misc]
             yield Case("sample", f"{rows} rows", lambda rows=rows: self._sample(rows), read)  # type: ignore[misc]
 
     def _random(self, *size: int) -> torch.Tensor:
@@ -204,10 +204,10 @@ class Bench:
 
         return Work(lambda: self.ops.attention(q, pools[0], pools[1], planned, scale=scale, sliding_window=None), check)
 
-    def _argmax(self, rows: int) -> Work:
+    def _greedy(self, rows: int) -> Work:
         logits = torch.randn(rows, self.shape.vocabulary, device=self.device)
         wanted = logits.argmax(-1)
-        return Work(lambda: self.ops.argmax(logits), lambda found: 0.0 if _same(found, wanted) else float("inf"))
+        return Work(lambda: self.ops.greedy(logits)[0], lambda found: 0.0 if _same(found, wanted) else float("inf"))
 
     def _sample(self, rows: int) -> Work:
         logits = torch.randn(rows, self.shape.vocabulary, device=self.device) * 4

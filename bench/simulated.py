@@ -145,7 +145,7 @@ def create(options: EngineOptions) -> Backend:
                 device=NAME,
             )
             limits = BatchLimits(
-                PAGE_SIZE, runner.num_pages, runner.max_sequences, prefill, info.max_input_tokens, longest
+                PAGE_SIZE, runner.num_pages, runner.max_sequences, prefill, info.max_input_tokens, longest, VOCABULARY
             )
             return Loaded(driven, limits, info, vocabulary=_no_vocabulary, close=runner.close)
 

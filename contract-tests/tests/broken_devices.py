@@ -101,8 +101,16 @@ class LogitsWithoutTheNorm(_WithOps):
 
 class ChoosesTheLastOfEquals(_WithOps):
     class OPS(ReferenceOps):
-        def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-            return logits.shape[-1] - 1 - logits.flip(-1).argmax(-1)
+        def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, sums = super().greedy(logits.flip(-1))
+            return logits.shape[-1] - 1 - tokens, sums
+
+
+class SumsHalfTheVocabulary(_WithOps):
+    class OPS(ReferenceOps):
+        def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, _ = super().greedy(logits)
+            return tokens, logits[:, : logits.shape[-1] // 2].logsumexp(-1)
 
 
 class RotatesTheValues(_WithOps):

@@ -72,7 +72,7 @@ def turn_and_store(tuning: Tuning, norms: HeadNorms | None, kv_dtype: torch.dtyp
 
 def tokens_of(rows: int) -> torch.Tensor:
     logits, numbers = empty(rows, VOCABULARY, dtype=torch.float32), empty(rows, dtype=torch.int64)
-    OPS.argmax(logits)
+    OPS.greedy(logits)
     return OPS.sample(logits, empty(rows, dtype=torch.float32), numbers, numbers)
 
 
@@ -84,7 +84,7 @@ SIMPLE: dict[str, Callable[[], object]] = {
     "rope": lambda: OPS.rope(*stacked(64, LLAMA_8B)[:2], *[empty(64, 64, dtype=torch.float32)] * 2),
     "rope and write": lambda: turn_and_store(TUNINGS["sm"], None),
     "norms, rope and write": lambda: turn_and_store(TUNINGS["sm"], HeadNorms(empty(128), empty(128), 1e-6)),
-    "argmax and sample": lambda: tokens_of(8),
+    "greedy and sample": lambda: tokens_of(8),
 }
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -119,7 +120,7 @@ def test_silu_of_a_very_negative_gate_is_zero_and_not_nan() -> None:
 def test_no_tokens_are_no_trouble() -> None:
     assert OPS.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
     assert OPS.silu_mul(torch.empty(0, 8)).shape == (0, 4)
-    assert OPS.argmax(torch.empty(0, 8)).shape == (0,)
+    assert [each.shape for each in OPS.greedy(torch.empty(0, 8))] == [(0,), (0,)]
 
 
 # Rope and the pools.
@@ -493,24 +494,35 @@ def test_splits_fill_the_chip_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, CHUNK // 4, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-def test_argmax_at_all_sizes(dtype: torch.dtype, vocabulary: int) -> None:
-    logits = torch.randn(5, vocabulary + 3).to(dtype)[:, :vocabulary]
-    assert OPS.argmax(logits).tolist() == [row.tolist().index(row.max().item()) for row in logits]
+def test_greedy_at_all_sizes(dtype: torch.dtype, vocabulary: int) -> None:
+    logits = torch.randn(5, vocabulary + 3).to(dtype)[:, :vocabulary] * 8
+    tokens, sums = OPS.greedy(logits)
+    assert tokens.tolist() == [row.tolist().index(row.max().item()) for row in logits]
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
 
 
-def test_argmax_takes_the_first_of_equals_wherever_they_are() -> None:
+def test_greedy_leaves_out_what_is_ruled_out() -> None:
+    logits = torch.full((2, 2 * CHUNK + 5), float("-inf"))
+    logits[0, 7], logits[1, [CHUNK + 1, 2 * CHUNK + 1]] = -3.0, 100.0
+    tokens, sums = OPS.greedy(logits)
+    assert tokens.tolist() == [7, CHUNK + 1]
+    torch.testing.assert_close(sums, torch.tensor([-3.0, 100.0 + math.log(2.0)]))
+
+
+def test_greedy_takes_the_first_of_equals_wherever_they_are() -> None:
     logits, block = torch.zeros(4, 3 * CHUNK + 5), CHUNK // 4
     for row, places in enumerate([(3 * CHUNK, 3 * CHUNK + 4), (CHUNK - 1, CHUNK), (block - 1, block, 2 * CHUNK), ()]):
         logits[row, list(places)] = 1.0
-    assert OPS.argmax(logits).tolist() == [3 * CHUNK, CHUNK - 1, block - 1, 0]
+    assert OPS.greedy(logits)[0].tolist() == [3 * CHUNK, CHUNK - 1, block - 1, 0]
 
 
-def test_argmax_stays_in_the_vocabulary_whatever_the_logits() -> None:
+def test_greedy_stays_in_the_vocabulary_whatever_the_logits() -> None:
     logits, place = torch.randn(3, CHUNK + 5), CHUNK + 3
     logits[0] = float("-inf")
     logits[1, place] = float("nan")
     logits[2] = float("nan")
-    assert OPS.argmax(logits).tolist() == [0, place, 0]
+    assert OPS.greedy(logits)[0].tolist() == [0, place, 0]
     seeds = torch.arange(3)
     assert OPS.sample(logits, torch.ones(3), seeds, seeds).tolist() == [0, place, 0]
 

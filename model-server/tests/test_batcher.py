@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import pytest
+
 from tgi_gateway.types import Request, SamplingParams, StepEvents, StopRules
 from tgi_model_server.batcher import Batcher, BatchLimits, Step
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepResult
@@ -26,6 +28,9 @@ class Slots:
         del self.held[slot]
 
 
+VOCABULARY = 1000
+
+
 def make(**changes: int | bool) -> tuple[Batcher, Slots]:
     values: dict[str, int | bool] = {
         "page_size": 4,
@@ -34,6 +39,7 @@ def make(**changes: int | bool) -> tuple[Batcher, Slots]:
         "max_step_tokens": 16,
         "max_input_tokens": 300,
         "max_total_tokens": 400,
+        "vocab_size": VOCABULARY,
     }
     slots = Slots()
     return Batcher(BatchLimits(**(values | changes)), slots, [2]), slots  # type: ignore[arg-type]
@@ -265,3 +271,23 @@ def test_a_request_id_in_use_is_refused() -> None:
     add(batcher, 1, [11])
     add(batcher, 1, [12])
     assert [failed.error_type for failed in batcher.take_events().failed] == ["validation"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "stops", "what"),
+    [
+        ([VOCABULARY], SamplingParams(), (), "input_ids"),
+        ([1, -1], SamplingParams(), (), "input_ids"),
+        ([1], SamplingParams(logit_bias=((VOCABULARY, 1.0),)), (), "logit_bias"),
+        ([1], SamplingParams(logit_bias=((-1, 1.0),)), (), "logit_bias"),
+        ([1], SamplingParams(), (VOCABULARY + 5,), "stop_token_ids"),
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_refused(
+    prompt: list[int], sampling: SamplingParams, stops: tuple[int, ...], what: str
+) -> None:
+    batcher, _ = make()
+    batcher.add(Request(1, tuple(prompt), sampling, StopRules(3, stop_token_ids=stops)), 0.0)
+    (failed,) = batcher.take_events().failed
+    assert failed.error_type == "validation"
+    assert failed.message == f"{what} holds a token id outside 0 .. {VOCABULARY - 1}."

@@ -81,6 +81,7 @@ def limits_of(runner: ToyRunner, **changes: int | bool) -> BatchLimits:
         "max_step_tokens": 16,
         "max_input_tokens": 9_000,
         "max_total_tokens": 10_000,
+        "vocab_size": 100,
     }
     return BatchLimits(**(values | changes))  # type: ignore[arg-type]
 

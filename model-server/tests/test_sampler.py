@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import Request, SamplingParams, StopRules
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.sampling import filters
@@ -235,7 +234,7 @@ def test_logprobs_are_those_of_the_raw_logits_and_only_for_rows_that_asked() -> 
     assert int(sampled.tokens[1]) == 9
     assert sampled.logprobs is not None
     assert sampled.top_ids is not None
-    assert sampled.logprobs.tolist() == [raw[1, 9], raw[2, sampled.tokens[2]]]
+    torch.testing.assert_close(sampled.logprobs, torch.stack([raw[1, 9], raw[2, sampled.tokens[2]]]))
     assert list(sampled.top_sizes) == [0, 3]
     assert sampled.top_ids[1].tolist() == raw[2].topk(3).indices.tolist()
 
@@ -258,20 +257,6 @@ def test_a_reused_slot_knows_nothing_of_the_request_before() -> None:
         sampler.admit(0, make_request(heavy), [5])
     found = [int(sampler.sample(logits.clone(), plan_of([0], [1])).tokens) for sampler in (used, fresh)]
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize(
-    ("request_", "what"),
-    [
-        (make_request(SamplingParams(logit_bias=((VOCABULARY, 1.0),))), "logit_bias"),
-        (make_request(SamplingParams(logit_bias=((-1, 1.0),))), "logit_bias"),
-        (make_request(SamplingParams(), prompt=[VOCABULARY]), "input_ids"),
-        (Request(1, (1,), SamplingParams(), StopRules(3, stop_token_ids=(99,))), "stop_token_ids"),
-    ],
-)
-def test_token_ids_outside_the_vocabulary_are_refused(request_: Request, what: str) -> None:
-    with pytest.raises(ValidationError, match=f"{what} holds a token id outside 0 .. 39"):
-        make_sampler().admit(0, request_, [])
 
 
 def test_watermark_raises_the_part_of_the_vocabulary_that_the_previous_token_decides() -> None:

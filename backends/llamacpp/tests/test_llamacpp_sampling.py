@@ -10,7 +10,6 @@ import torch
 
 from tgi_backend_llamacpp import filters
 from tgi_backend_llamacpp.sampling import Sampler
-from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import Request, SamplingParams, StopRules
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.sampling import filters as torch_filters
@@ -84,14 +83,3 @@ def test_tokens_and_scores_are_those_of_the_torch_sampler() -> None:
         assert expected.top_ids is not None
         for row, top in result.top.items():
             assert [token for token, _ in top] == expected.top_ids[row, : len(top)].tolist()
-
-
-def test_token_ids_outside_the_vocabulary_are_refused() -> None:
-    sampler = Sampler(10, [2])
-    for one in (
-        Request(1, (10,), SamplingParams(), StopRules(1)),
-        Request(1, (1,), SamplingParams(logit_bias=((11, 1.0),)), StopRules(1)),
-        Request(1, (1,), SamplingParams(), StopRules(1, stop_token_ids=(-1,))),
-    ):
-        with pytest.raises(ValidationError, match=r"outside 0 \.\. 9"):
-            sampler.admit(0, one, [], None)

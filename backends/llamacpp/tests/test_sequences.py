@@ -24,6 +24,7 @@ class Served:
             max_step_tokens=24,
             max_input_tokens=120,
             max_total_tokens=160,
+            vocab_size=runner.vocab,
             prefix_caching=prefix_caching,
         )
         self.runner = runner

@@ -151,12 +151,19 @@ class DeviceContract(Collectives):
         self.check_close(found, wanted, dtype, "logits")
 
     @pytest.mark.parametrize("rows", TOKENS)
-    def test_argmax_takes_the_first_of_the_largest(self, device: Device, rows: int) -> None:
+    def test_greedy_takes_the_first_of_the_largest(self, device: Device, rows: int) -> None:
         logits = torch.randint(0, 50, (rows, 5003), generator=generator()).float()
-        found = device.ops.argmax(on(device, logits))
-        self.demand(found.dtype == torch.int64, "ops", f"argmax gave {found.dtype}")
+        found, _ = device.ops.greedy(on(device, logits))
+        self.demand(found.dtype == torch.int64, "ops", f"greedy gave {found.dtype}")
         first = [row.tolist().index(row.max().item()) for row in logits]
-        self.demand(found.tolist() == first, "ops", f"argmax gave {found.tolist()} instead of {first}")
+        self.demand(found.tolist() == first, "ops", f"greedy gave {found.tolist()} instead of {first}")
+
+    @pytest.mark.parametrize("rows", TOKENS)
+    def test_greedy_sums_the_whole_vocabulary(self, device: Device, rows: int) -> None:
+        logits = torch.randn(rows, 5003, generator=generator()) * 8
+        _, found = device.ops.greedy(on(device, logits))
+        self.demand(found.dtype == torch.float32, "ops", f"greedy's sums are {found.dtype}; float32 is needed")
+        self.check_close(found, logits.double().logsumexp(-1).float(), torch.float32, "logsumexp")
 
     @pytest.mark.parametrize("tokens", TOKENS)
     @pytest.mark.parametrize("rotary_dim", [16, 8])

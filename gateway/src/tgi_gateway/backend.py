@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
+
+import msgspec
 
 from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.types import Request, StepEvents
@@ -88,6 +91,19 @@ class ModelInfo:
     dtype: str = ""
     device: str = ""
     model_type: str = ""
+
+    def unknown_token(self, token_ids: Sequence[int]) -> int | None:
+        """The first of `token_ids` that is none of this model's, if there is one. Quick also for long prompts."""
+        try:
+            msgspec.convert(token_ids, _ids_below(self.vocab_size))
+        except msgspec.ValidationError:
+            return next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+        return None
+
+
+@cache
+def _ids_below(vocab_size: int) -> Any:
+    return tuple[Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,5 +326,5 @@ def check_request(request: Request, capabilities: Capabilities, model: ModelInfo
         raise ValidationError(f"prompt ({prompt}) and `max_new_tokens` ({new}) exceed {limit} tokens")
     if request.sampling.do_sample and not request.sampling.temperature > 0:
         raise ValidationError(f"`temperature` is {request.sampling.temperature}; it must be above 0")
-    if not all(0 <= token_id < model.vocab_size for token_id in request.input_ids):
+    if model.unknown_token(request.input_ids) is not None:
         raise ValidationError(f"the prompt has token ids outside the vocabulary of {model.vocab_size}")

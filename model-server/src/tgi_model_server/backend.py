@@ -125,6 +125,7 @@ def batch_limits(engine: Engine, info: ModelInfo, options: EngineOptions) -> Bat
         max_step_tokens=info.max_batch_prefill_tokens,
         max_input_tokens=info.max_input_tokens,
         max_total_tokens=info.max_total_tokens,
+        vocab_size=info.vocab_size,
         chunked_prefill=options.prefill_chunking,
         prefix_caching=options.prefix_caching,
         max_mixed_tokens=engine.max_mixed_tokens,

@@ -27,6 +27,7 @@ from tgi_model_server.kv.pages import PageAllocator
 from tgi_model_server.kv.prefix import Node, PrefixCache
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepPlan, StepResult
 from tgi_model_server.runner import HoldsPages
+from tgi_model_server.sampling.checks import check_token_ids
 from tgi_model_server.sequence import Sequence
 from tgi_model_server.shares import prefill_shares
 
@@ -66,6 +67,7 @@ class BatchLimits:
     """Prompt of one sequence."""
     max_total_tokens: int
     """Prompt and output of one sequence."""
+    vocab_size: int
     chunked_prefill: bool = True
     """False: a prompt is cut only if it exceeds `max_step_tokens` by itself."""
     prefix_caching: bool = True
@@ -168,6 +170,7 @@ class Batcher:
                 tokens = array("i", request.input_ids)
             except (OverflowError, TypeError):
                 raise ValidationError("the prompt holds a number that is no token id") from None
+            check_token_ids(request, tokens, self.limits.vocab_size)
         except GatewayError as error:
             self.refuse(request_id, error)
             return

@@ -133,8 +133,10 @@ class Ops(Protocol):
         """norm_linear(x) with packed [vocabulary, in], as float32 [rows, vocabulary]."""
         ...
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, vocabulary] -> int64 [rows]: the first of the largest."""
+    def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [rows, vocabulary] -> int64 [rows], the first of the largest; float32 [rows], the logarithm of the
+        sum of exponentials, which log-probabilities are relative to.
+        """
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

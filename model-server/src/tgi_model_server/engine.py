@@ -79,7 +79,7 @@ class Engine:
                     eos_token_ids=eos_token_ids,
                     device=device.torch_device,
                     watermark=watermark,
-                    argmax=device.ops.argmax,
+                    greedy=device.ops.greedy,
                     peek=device.pipeline_depth == 1,
                 )
             self._captured = self._capture(device.buckets(limits) if capture else ())

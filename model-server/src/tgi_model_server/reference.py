@@ -58,8 +58,8 @@ class ReferenceOps:
     def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
         return self.norm_linear(x, norm, weight, None).float()
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.argmax(-1)
+    def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits.argmax(-1), logits.logsumexp(-1)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()

@@ -66,6 +66,7 @@ class LlamaBackend(SteppedBackend):
                 max_step_tokens=step_tokens,
                 max_input_tokens=info.max_input_tokens,
                 max_total_tokens=info.max_total_tokens,
+                vocab_size=info.vocab_size,
                 chunked_prefill=options.prefill_chunking,
                 prefix_caching=options.prefix_caching and model.remembers_everything,
             )

@@ -16,7 +16,6 @@ from tgi_backend_llamacpp.filters import Row
 from tgi_gateway.types import NO_LOGPROB, Request, SamplingParams
 from tgi_model_server.plan import StepPlan, StepResult
 from tgi_model_server.runner import StepOutput
-from tgi_model_server.sampling.checks import check_token_ids
 from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.uniform import uniform
@@ -53,9 +52,8 @@ class Sampler:
         self._masks = Masks(overlap=True)
 
     def admit(self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None) -> None:
-        """Raises `ValidationError` for token ids that the vocabulary lacks, and for a grammar at its limits."""
+        """Raises `ValidationError` for a grammar at its limits."""
         sampling = request.sampling
-        check_token_ids(request, self._vocab_size)
         if constraint is not None:
             self._masks.admit(slot, constraint, request, output_ids)
         penalized = (

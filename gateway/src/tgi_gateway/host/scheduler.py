@@ -87,15 +87,12 @@ def refuse_impossible(request: Request, model: ModelInfo, capabilities: Capabili
         raise ValidationError(
             f"`min_new_tokens` is {request.stop.min_new_tokens}, more than `max_new_tokens`, {max_new_tokens}"
         )
-    _check_token_ids("`inputs`", min(request.input_ids), max(request.input_ids), model)
-    for token_id, _bias in request.sampling.logit_bias:
-        _check_token_ids("`logit_bias`", token_id, token_id, model)
-    for token_id in request.stop.stop_token_ids:
-        _check_token_ids("`stop_token_ids`", token_id, token_id, model)
+    for name, token_ids in (
+        ("inputs", request.input_ids),
+        ("logit_bias", [token_id for token_id, _ in request.sampling.logit_bias]),
+        ("stop_token_ids", request.stop.stop_token_ids),
+    ):
+        unknown = model.unknown_token(token_ids)
+        if unknown is not None:
+            raise ValidationError(f"`{name}` has token id {unknown}; this model knows 0 to {model.vocab_size - 1}")
     refuse_unsupported(request, capabilities)
-
-
-def _check_token_ids(name: str, lowest: int, highest: int, model: ModelInfo) -> None:
-    if lowest < 0 or highest >= model.vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise ValidationError(f"{name} has token id {wrong}; this model knows 0 to {model.vocab_size - 1}")

@@ -148,9 +148,8 @@ class TritonOps(ReferenceOps):
                 tuning=self.tuning,
             )
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """[rows, vocabulary] -> int64 [rows], the first of equals."""
-        return sampling.argmax(logits)
+    def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return sampling.greedy(logits)
 
     def sample(
         self, logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, indices: torch.Tensor

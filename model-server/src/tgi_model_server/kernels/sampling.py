@@ -1,4 +1,5 @@
-"""Choosing tokens on the device: greedy, and drawn from the whole distribution; two launches, no softmax in memory.
+"""Choosing tokens on the device: greedy with what log-probabilities need, and drawn from the whole distribution; two
+launches each, no softmax in memory.
 
 A first kernel goes over the logits once, in chunks of the vocabulary, for each chunk's maximum and the sum of its
 exponentials. A second one picks per row: the best token, or the chunk, and then the token in it, at which the
@@ -30,13 +31,12 @@ def chunk_kernel(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    DRAW: tl.constexpr,
 ):
     """Grid [rows, CHUNKS]. logits [rows, vocabulary], any float, of stride (row_stride, 1).
 
     For each chunk, all [rows, CHUNKS]: best float32, its largest logit; best_at int32, the first token that has it (NaN
-    counts as largest, as in torch); with DRAW, sums float32: of exp((logit - best) / temperature), temperature float32
-    [rows], where 0 or less means greedy and makes the sum meaningless.
+    counts as largest, as in torch); sums float32, of exp((logit - best) / temperature). temperature float32 [rows],
+    where 0 or less means greedy and makes the sum meaningless; None is 1.
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -46,7 +46,7 @@ def chunk_kernel(
     top_at = chunk * CHUNK + lanes
     total = tl.zeros((BLOCK,), tl.float32)
     slope = log2e
-    if DRAW:
+    if temperature is not None:
         slope = log2e / tl.load(temperature + row)
     for start in range(0, CHUNK, BLOCK):
         token = chunk * CHUNK + start + lanes
@@ -54,11 +54,10 @@ def chunk_kernel(
         value = tl.where(value != value, float("inf"), value)
         better = value > top
         higher = tl.where(better, value, top)
-        if DRAW:
-            # Where both are infinite their difference is not a number.
-            fade = tl.where(better, tl.exp2((top - higher) * slope), 1.0)
-            total = total * fade + tl.where(value == higher, 1.0, tl.exp2((value - higher) * slope))
-            total = tl.where(higher == float("-inf"), 0.0, total)
+        # Where both are infinite their difference is not a number.
+        fade = tl.where(better, tl.exp2((top - higher) * slope), 1.0)
+        total = total * fade + tl.where(value == higher, 1.0, tl.exp2((value - higher) * slope))
+        total = tl.where(higher == float("-inf"), 0.0, total)
         top_at = tl.where(better, token, top_at)
         top = higher
     peak = tl.max(top, axis=0)
@@ -66,14 +65,15 @@ def chunk_kernel(
     tl.store(best + at, peak)
     # No lane past the end can win: its token is larger than that of a lane within with the same value.
     tl.store(best_at + at, tl.min(tl.where(top == peak, top_at, 2147483647), axis=0))
-    if DRAW:
-        part = tl.where(top == peak, total, total * tl.exp2((top - peak) * slope))
-        tl.store(sums + at, tl.where(peak == float("-inf"), 0.0, tl.sum(part, axis=0)))
+    part = tl.where(top == peak, total, total * tl.exp2((top - peak) * slope))
+    tl.store(sums + at, tl.where(peak == float("-inf"), 0.0, tl.sum(part, axis=0)))
 
 
 @triton.jit
-def argmax_kernel(best, best_at, out, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Grid [rows]: `chunk_kernel`'s chunks to out int64 [rows], the first token with the largest logit."""
+def greedy_kernel(best, best_at, sums, out, logsumexp, log2e, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Grid [rows]: `chunk_kernel`'s chunks, of temperature 1, to out int64 [rows], the first token with the largest
+    logit, and logsumexp float32 [rows].
+    """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_C)
     real = chunk < CHUNKS
@@ -81,6 +81,9 @@ def argmax_kernel(best, best_at, out, CHUNKS: tl.constexpr, BLOCK_C: tl.constexp
     token = tl.load(best_at + row * CHUNKS + chunk, mask=real, other=2147483647)
     peak = tl.max(value, axis=0)
     tl.store(out + row, tl.min(tl.where(value == peak, token, 2147483647), axis=0).to(tl.int64))
+    part = tl.load(sums + row * CHUNKS + chunk, mask=real, other=0.0)
+    total = tl.sum(tl.where(value == peak, part, part * tl.exp2((value - peak) * log2e)), axis=0)
+    tl.store(logsumexp + row, peak + tl.log2(total) / log2e)
 
 
 @triton.jit
@@ -155,15 +158,20 @@ def draw_kernel(
         tl.store(out + row, greedy.to(tl.int64))
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [rows, vocabulary], any float -> int64 [rows]; the first of equals."""
+def greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [rows, vocabulary], any float -> int64 [rows], the first of the largest; float32 [rows], the logarithm of
+    the sum of exponentials.
+    """
     rows = logits.shape[0]
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logsumexp = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        best, best_at, _ = _chunks(logits, None)
+        best, best_at, sums = _chunks(logits, None)
         chunks = best.shape[1]
-        argmax_kernel[(rows,)](best, best_at, out, CHUNKS=chunks, BLOCK_C=power_of_two(chunks), num_warps=1)
-    return out
+        greedy_kernel[(rows,)](
+            best, best_at, sums, out, logsumexp, LOG2E, CHUNKS=chunks, BLOCK_C=power_of_two(chunks), num_warps=1
+        )
+    return out, logsumexp
 
 
 def sample(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -196,15 +204,13 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor,
     return out
 
 
-def _chunks(
-    logits: torch.Tensor, temperature: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _chunks(logits: torch.Tensor, temperature: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert logits.stride(-1) == 1
     rows, vocabulary = logits.shape
     chunks = triton.cdiv(vocabulary, _CHUNK)
     best = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     best_at = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
-    sums = torch.empty_like(best) if temperature is not None else None
+    sums = torch.empty_like(best)
     chunk_kernel[(rows, chunks)](
         logits,
         temperature,
@@ -217,7 +223,6 @@ def _chunks(
         CHUNKS=chunks,
         CHUNK=_CHUNK,
         BLOCK=_BLOCK,
-        DRAW=temperature is not None,
         num_warps=4,
     )
     return best, best_at, sums

@@ -11,9 +11,9 @@ import torch
 
 from tgi_gateway.types import Request
 from tgi_model_server.plan import StepPlan
+from tgi_model_server.reference import ReferenceOps
 from tgi_model_server.runner import StepOutput
 from tgi_model_server.sampling import filters
-from tgi_model_server.sampling.checks import check_token_ids
 from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.penalties import TokenCounts
@@ -64,12 +64,15 @@ class Sampler:
         eos_token_ids: Sequence[int],
         device: torch.device,
         watermark: Watermark | None = None,
-        argmax: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits.argmax(-1),
+        greedy: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
         peek: bool = True,
     ) -> None:
-        """`argmax` is the device's. `peek`: looking at a value costs nothing, as steps run in the caller's thread."""
+        """`greedy` is the device's, else the reference's.
+
+        `peek`: looking at a value costs nothing, as steps run in the caller's thread.
+        """
         self._peek = peek
-        self._argmax = argmax
+        self._greedy = greedy or ReferenceOps().greedy
         self._vocab_size = vocab_size
         # Some models name a padding id of their tokenizer that they have no logit for.
         self._eos = tuple(token for token in eos_token_ids if token < vocab_size)
@@ -85,10 +88,9 @@ class Sampler:
     def admit(
         self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None = None
     ) -> None:
-        """Raises `ValidationError` for token ids that the vocabulary lacks, and for a grammar at its limits."""
+        """Raises `ValidationError` for a grammar at its limits."""
         assert (constraint is None) == (request.sampling.grammar is None), "a grammar is compiled before it comes here"
         sampling = request.sampling
-        check_token_ids(request, self._vocab_size)
         if constraint is not None:
             self._masks.admit(slot, constraint, request, output_ids)
         penalized = (
@@ -131,22 +133,29 @@ class Sampler:
         batch = self._batch
         if batch is None or batch.slots != slots:
             batch = self._batch = _Batch(slots, [self._slots[slot] for slot in slots], self._device)
-        raw = logits.index_select(0, batch.scored_rows).log_softmax(-1) if batch.scored else None
-        if batch.penalized is not None or batch.biased or batch.watermarked or not all(plan.allow_eos):
+        # Log-probabilities are the model's own, before anything that a request changes.
+        best = self._greedy(logits) if batch.drawn is None or batch.scored else None
+        raw = logits
+        if masks is not None or batch.changes_logits or not all(plan.allow_eos):
+            if batch.scored:
+                raw = logits.clone()
             self._process(logits, batch, plan)
-        if masks is not None:
-            _forbid(logits, masks)
-        tokens = self._choose(logits, batch, plan.output_lens)
+            if masks is not None:
+                _forbid(logits, masks)
+            tokens = self._choose(logits, batch, plan.output_lens, None)
+        else:
+            tokens = self._choose(logits, batch, plan.output_lens, best)
         self.last_tokens.index_copy_(0, batch.slot_ids, tokens)
         if batch.penalized is not None:
             self._counts.add(batch.penalized.slot_ids, tokens.index_select(0, batch.penalized.rows))
-        if raw is None:
+        if not batch.scored or best is None:
             return Sampled(tokens)
-        logprobs = raw.gather(1, tokens.index_select(0, batch.scored_rows)[:, None])[:, 0]
+        logprobs = batch.of_scored(raw.gather(1, tokens[:, None])[:, 0] - best[1])
         if not batch.largest_top:
             return Sampled(tokens, batch.scored, logprobs)
-        top = raw.topk(min(batch.largest_top, self._vocab_size), dim=-1)
-        return Sampled(tokens, batch.scored, logprobs, batch.top_sizes, top.indices, top.values)
+        top = batch.of_scored(raw).topk(min(batch.largest_top, self._vocab_size), dim=-1)
+        top_logprobs = top.values - batch.of_scored(best[1])[:, None]
+        return Sampled(tokens, batch.scored, logprobs, batch.top_sizes, top.indices, top_logprobs)
 
     def _process(self, logits: torch.Tensor, batch: _Batch, plan: StepPlan) -> None:
         """What changes the distribution whether or not the row is greedy, in place."""
@@ -164,10 +173,17 @@ class Sampler:
             if not allowed and slot not in self._masks:  # masks know what may end their answer
                 logits[row].index_fill_(0, self._slots[slot].forbidden_early, -math.inf)
 
-    def _choose(self, logits: torch.Tensor, batch: _Batch, output_lens: Sequence[int]) -> torch.Tensor:
-        if batch.drawn is None:
-            return self._argmax(logits)
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        batch: _Batch,
+        output_lens: Sequence[int],
+        best: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """`best`: what `greedy` says of these logits, where that is known."""
         drawn = batch.drawn
+        if drawn is None:
+            return (best or self._greedy(logits))[0]
         all_drawn = len(drawn.indices) == len(batch.slots)
         chosen = logits if all_drawn else logits.index_select(0, drawn.rows)
         chosen = drawn.filter(chosen / drawn.temperature, self._peek)
@@ -175,7 +191,7 @@ class Sampler:
         picked = filters.draw(chosen, self._tensor(numbers, torch.float64)[:, None])
         if all_drawn:
             return picked
-        return self._argmax(logits).index_copy_(0, drawn.rows, picked)
+        return (best or self._greedy(logits))[0].index_copy_(0, drawn.rows, picked)
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         return to_device(values, dtype, self._device)
@@ -199,8 +215,13 @@ class _Batch:
         self.largest_top = max(self.top_sizes, default=0)
         penalized = [row for row, rule in enumerate(rules) if rule.penalized]
         self.penalized = _Penalized(penalized, slots, rules, device) if penalized else None
+        self.changes_logits = bool(self.watermarked or self.biased or self.penalized)
         drawn = [row for row, rule in enumerate(rules) if not rule.greedy]
         self.drawn = _Drawn(drawn, rules, device) if drawn else None
+
+    def of_scored(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of `values` that want log-probabilities."""
+        return values if len(self.scored) == len(self.slots) else values.index_select(0, self.scored_rows)
 
 
 class _Penalized:
