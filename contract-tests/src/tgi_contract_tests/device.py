@@ -479,11 +479,15 @@ def _layer(
     q = random_of(shape.dtype, tokens, shape.num_heads, dim)
     k, v = (random_of(shape.dtype, tokens, shape.num_kv_heads, dim, seed=seed) for seed in (1, 2))
     pools = pools_of(layout, shape, _num_pages(plan))
-    past = StepPlan(
-        query_lens=list(plan.kv_lens), kv_lens=list(plan.kv_lens), pages=plan.pages, token_ids=[0] * sum(plan.kv_lens)
-    )
-    earlier = [random_of(shape.dtype, past.num_tokens, shape.num_kv_heads, dim, seed=seed) for seed in (3, 4)]
-    REFERENCE.write_kv(earlier[0], earlier[1], pools[0], pools[1], reference_plan(past, layout, CPU))
+    longest = max(plan.kv_lens)
+    earlier = [
+        random_of(shape.dtype, len(plan.kv_lens), longest, shape.num_kv_heads, dim, seed=seed) for seed in (3, 4)
+    ]
+    # One row after the other: of a page that several share, all must find what the same one of them wrote.
+    for row, (kv_len, pages) in enumerate(zip(plan.kv_lens, plan.pages, strict=True)):
+        past = StepPlan(query_lens=[kv_len], kv_lens=[kv_len], pages=[pages], token_ids=[0] * kv_len)
+        keys, values = (each[row, :kv_len] for each in earlier)
+        REFERENCE.write_kv(keys, values, pools[0], pools[1], reference_plan(past, layout, CPU))
     return q, k, v, pools
 
 
