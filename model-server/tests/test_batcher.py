@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import pytest
 
 from tgi_gateway.types import Request, SamplingParams, StepEvents, StopRules
-from tgi_model_server.batcher import Batcher, BatchLimits, Step
+from tgi_model_server.batcher import FEW_DECODE_ROWS, Batcher, BatchLimits, Step
 from tgi_model_server.plan import PREVIOUS_TOKEN, StepResult
 
 
@@ -291,3 +292,10 @@ def test_token_ids_outside_the_vocabulary_are_refused(
     (failed,) = batcher.take_events().failed
     assert failed.error_type == "validation"
     assert failed.message == f"{what} holds a token id outside 0 .. {VOCABULARY - 1}."
+
+
+@pytest.mark.parametrize(("decoding", "tokens"), [(0, 64), (1, 16), (FEW_DECODE_ROWS, 16), (FEW_DECODE_ROWS + 1, 8)])
+def test_prompts_get_less_of_a_step_the_more_sequences_wait_for_its_end(decoding: int, tokens: int) -> None:
+    limits = replace(make(max_step_tokens=64)[0].limits, max_mixed_tokens=8)
+    assert limits.step_tokens(decoding) == tokens
+    assert replace(limits, max_step_tokens=10).step_tokens(decoding) == min(tokens, 10)

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 GROWTH_STEPS = 16
 """A sequence enters only if the running ones still find pages for so many steps: else it would soon be preempted."""
 
+FEW_DECODE_ROWS = 16
+"""Up to so many, larger steps for prompts are worth the wait of the rows that decode beside them."""
 
 Verdict = Literal["entered", "full", "later", "failed"]
 """Of a waiting sequence: it runs; it and all behind it must wait; it alone should wait a step; it cannot be set up."""
@@ -72,13 +74,13 @@ class BatchLimits:
     """False: a prompt is cut only if it exceeds `max_step_tokens` by itself."""
     prefix_caching: bool = True
     max_mixed_tokens: int | None = None
-    """Tokens of a step in which some sequences decode: their next tokens wait for all of it. None: as any other."""
+    """Tokens of a step in which many sequences decode: their next tokens wait for all of it. None: as any other."""
 
     def step_tokens(self, decode_rows: int) -> int:
-        """Tokens that a step with so many decode rows may have."""
-        if decode_rows and self.max_mixed_tokens is not None:
-            return min(self.max_step_tokens, self.max_mixed_tokens)
-        return self.max_step_tokens
+        """Tokens that a step with so many decode rows may have: twice as many while only a few wait for it."""
+        if not decode_rows or self.max_mixed_tokens is None:
+            return self.max_step_tokens
+        return min(self.max_step_tokens, self.max_mixed_tokens * (2 if decode_rows <= FEW_DECODE_ROWS else 1))
 
 
 @dataclass(slots=True)

@@ -65,8 +65,8 @@ class StepDefaults:
     prefill_tokens: int = 4096
     """New prompt tokens of a step that has nothing else."""
     mixed_tokens: int | None = None
-    """All tokens of a step in which some sequences decode: more make these wait longer for their next token. None:
-    prompts may fill such a step too.
+    """All tokens of a step in which sequences decode: more make these wait longer for their next token, and a few of
+    them wait for twice as many. None: prompts may fill such a step too.
     """
 
 
