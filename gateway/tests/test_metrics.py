@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tgi_gateway.api.generation import Generation
 from tgi_gateway.backend import Capacity
 from tgi_gateway.host.dispatch import HostObserver, HostStats, StepReport
+from tgi_gateway.telemetry import files
 from tgi_gateway.telemetry.metrics import (
     DURATIONS,
     HostMetrics,
@@ -264,34 +265,32 @@ async def test_observations_from_many_threads_are_all_counted() -> None:
 # Several processes. The library decides at import, so each part is a process of its own, as in production.
 
 WORKER = """
-import asyncio
-from tgi_gateway.telemetry.metrics import Metrics, RequestMetrics
-requests = RequestMetrics(Metrics(), max_input_tokens=1000, max_total_tokens=2000)
+import asyncio, sys
+from tgi_gateway.telemetry.metrics import MAX_KEYS, Metrics, RequestMetrics
+requests = RequestMetrics(Metrics(sys.argv[1]), max_input_tokens=1000, max_total_tokens=2000)
 requests.count()
 requests.failure("dropped")
+for number in range(MAX_KEYS + 10):
+    requests.failure("validation", f"{number:016x}")
 async def serve():
     requests.inter_token([0.5, 1.5])
     await asyncio.sleep(0.6)  # flushed by its own timer, not by a scrape
 asyncio.run(serve())
 """
 HOST = """
+import sys
 from tgi_gateway.backend import Capacity
 from tgi_gateway.host.dispatch import HostStats, StepReport
 from tgi_gateway.telemetry.metrics import HostMetrics, Metrics
-host = HostMetrics(Metrics(), max_batch_total_tokens=10, capacity=lambda: Capacity(4, 4, 10, 8))
-host.queued(HostStats({queue}, 0, 0))
-host.stepped(StepReport(0.5, 1, 0, HostStats({queue}, 0, 0)))
-import os
-print(os.getpid())
+host = HostMetrics(
+    Metrics("engine"), max_batch_total_tokens=10, capacity=lambda: Capacity(4, 4, 10, 8), restarted="again" in sys.argv
+)
+host.queued(HostStats(int(sys.argv[1]), 0, 0))
+host.stepped(StepReport(0.5, 1, 0, HostStats(int(sys.argv[1]), 0, 0)))
 """
 RENDER = """
 import sys
-import os
-from pathlib import Path
-from tgi_gateway.launcher.runtime import RuntimeFolder
 from tgi_gateway.telemetry.metrics import Metrics
-for pid in sys.argv[1:]:
-    RuntimeFolder(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).parent).forget(int(pid))
 sys.stdout.buffer.write(Metrics().render())
 """
 
@@ -303,32 +302,30 @@ def run(folder: Path, code: str, *arguments: str) -> bytes:
 
 
 def test_several_processes_are_told_as_one(tmp_path: Path) -> None:
-    tmp_path = tmp_path / "metrics"
-    tmp_path.mkdir()
-    run(tmp_path, WORKER)
-    run(tmp_path, WORKER)
-    first_host = run(tmp_path, HOST.format(queue=7)).decode().strip()
+    places = ("engine", "http-0", "http-1")
+    for place in places:
+        files.reserve(tmp_path, place)
+    reserved = {path: path.stat().st_size for path in tmp_path.iterdir()}
+    run(tmp_path, WORKER, "http-0")
+    run(tmp_path, WORKER, "http-1")
+    run(tmp_path, HOST, "7")
     told = parsed(run(tmp_path, RENDER))
     assert told["tgi_request_count", ()] == 2
     assert told["tgi_request_failure", (("err", "dropped"),)] == 2
+    assert told["tgi_key_failures", (("key", "other"),)] == 20
     assert told["tgi_request_inter_token_duration_sum", ()] == 4.0
     assert told["tgi_request_inter_token_duration_bucket", (("le", "+Inf"),)] == 4
     assert told["tgi_queue_size", ()] == 7
 
-    run(tmp_path, HOST.format(queue=3))
+    files.forget(tmp_path, "engine")
     told = parsed(run(tmp_path, RENDER))
-    assert told["tgi_queue_size", ()] == 3, "the gauge of the host that came last"
-    assert told["tgi_batch_inference_count", (("method", "prefill"),)] == 2, "what a dead host counted stays counted"
-
-    run(tmp_path, HOST.format(queue=3))
-    others = [
-        path.stem.split("_")[-1] for path in tmp_path.glob("gauge_*.db") if path.stem.split("_")[-1] != first_host
-    ]
-    told = parsed(run(tmp_path, RENDER, first_host, *others))
     assert ("tgi_queue_size", ()) not in told, "a dead process has no queue"
-    assert told["tgi_generated_tokens", ()] == 3
+    assert told["tgi_generated_tokens", ()] == 1, "what it counted stays counted"
 
+    run(tmp_path, HOST, "3", "again")
+    told = parsed(run(tmp_path, RENDER))
+    assert told["tgi_queue_size", ()] == 3
+    assert told["tgi_engine_restarts", ()] == 1
+    assert told["tgi_batch_inference_count", (("method", "prefill"),)] == 2, "the next process goes on counting"
 
-def test_importing_makes_no_metric(tmp_path: Path) -> None:
-    run(tmp_path, "import tgi_gateway.telemetry.metrics")
-    assert list(tmp_path.iterdir()) == []
+    assert {path: path.stat().st_size for path in tmp_path.iterdir()} == reserved, "all fits what was reserved"

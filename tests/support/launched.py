@@ -99,8 +99,8 @@ def _alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def launched(*arguments: str, port: int | None = None, **variables: str) -> Iterator[Gateway]:
-    """Start the command; whatever the test does, nothing of it runs afterwards."""
+def launched(*arguments: str, port: int | None = None, out: Path | None = None, **variables: str) -> Iterator[Gateway]:
+    """Start the command; whatever the test does, nothing of it runs afterwards. `out`: where its log goes instead."""
     folder = Path(tempfile.mkdtemp(prefix="e2e-"))
     (folder / "tmp").mkdir()
     port = port or free_port()
@@ -112,8 +112,8 @@ def launched(*arguments: str, port: int | None = None, **variables: str) -> Iter
         **variables,
     }
     command = [sys.executable, "-m", "tgi_gateway", "--hostname", "127.0.0.1", "--port", str(port), *arguments]
-    with (folder / "log").open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    with (out or folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     gateway = Gateway(process, port, folder)
     try:
         yield gateway
@@ -130,7 +130,8 @@ def launched(*arguments: str, port: int | None = None, **variables: str) -> Iter
 @contextlib.contextmanager
 def serving(model: Path, *arguments: str, port: int | None = None, **variables: str) -> Iterator[Gateway]:
     """An echo server that is ready."""
-    with launched("--backend", "echo", "--model-id", str(model), *arguments, port=port, **variables) as gateway:
+    all_arguments = ("--backend", "echo", "--model-id", str(model), *arguments)
+    with launched(*all_arguments, port=port, out=None, **variables) as gateway:
         gateway.wait_for("Ready at")
         gateway.children()
         yield gateway

@@ -277,7 +277,16 @@ def _watched(place: _Place, files: list[_File], report: Report | None) -> Iterat
         thread.join()
 
 
-_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
+_LOCAL = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOENT,
+}
 
 
 def _broken() -> tuple[type[Exception], ...]:

@@ -46,7 +46,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> int:
     server = await serve(dispatch, Path(assignment.socket_path))
     dispatch.observe(
         HostMetrics(
-            Metrics(),
+            Metrics(assignment.process),
             max_batch_total_tokens=server.info.max_batch_total_tokens,
             capacity=dispatch.capacity,
             restarted=assignment.restarts > 0,

@@ -120,7 +120,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
         tokenizer=tokenizer,
         chat_template=chat_template,
         metrics=RequestMetrics(
-            Metrics(),
+            Metrics(assignment.process),
             max_input_tokens=info.max_input_tokens,
             max_total_tokens=info.max_total_tokens,
             restarted=assignment.restarts > 0,

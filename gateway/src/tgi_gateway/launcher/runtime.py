@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tgi_gateway.errors import StartError
+from tgi_gateway.telemetry import files
 from tgi_gateway.wire.channel import address
 
 BACKLOG = 2048
@@ -37,11 +38,15 @@ class RuntimeFolder:
         """Where the processes' counters are added up."""
         return self.path / "metrics"
 
-    def forget(self, pid: int) -> None:
-        """Drop the gauges of a process that has ended; what it counted stays counted."""
-        from prometheus_client.multiprocess import mark_process_dead  # here: a server that starts need not wait for it
-
-        mark_process_dead(pid, str(self.metrics))  # type: ignore[no-untyped-call]
+    def reserve(self, place: str) -> None:
+        """Have the disk hold what a process will count. Raises `StartError`."""
+        try:
+            files.reserve(self.metrics, place)
+        except OSError as error:
+            raise StartError(
+                f"cannot reserve room for the metrics in {self.metrics}: {error.strerror}. Make room, or choose "
+                "another folder with --shard-uds-path, or TMPDIR"
+            ) from error
 
     @property
     def lock(self) -> Path:

@@ -30,7 +30,7 @@ from tgi_gateway.launcher.processes import Child
 from tgi_gateway.launcher.restarts import Restarts
 from tgi_gateway.launcher.runtime import RuntimeFolder
 from tgi_gateway.settings import SECRET_VARIABLES, Settings
-from tgi_gateway.telemetry import logs, tracing
+from tgi_gateway.telemetry import files, logs, tracing
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,9 @@ class Supervisor:
         def start(restarts: int) -> Awaitable[Child]:
             return self._start("tgi_gateway.launcher.engine_process", replace(assignment, restarts=restarts))
 
-        return _Place("engine", start, await start(0), self.settings.restart_engine, self.settings.engine_timeout)
+        folder.reserve(assignment.process)
+        lasting, beats_within_s = self.settings.restart_engine, self.settings.engine_timeout
+        return _Place(assignment.process, start, await start(0), lasting, beats_within_s)
 
     async def _worker(self, worker: int, folder: RuntimeFolder, model: ModelFiles, taken: socket.socket) -> _Place:
         assignment = replace(
@@ -202,6 +204,7 @@ class Supervisor:
                 child.order(Order(self._keys))
             return child
 
+        folder.reserve(assignment.process)
         return _Place(assignment.process, start, await start(0), lasting=True)
 
     def _assignment(self, process: str, folder: RuntimeFolder) -> Assignment:
@@ -296,7 +299,7 @@ class Supervisor:
             place.child.kill()  # those that it had started
             if place.child in self._children:
                 self._children.remove(place.child)
-            folder.forget(place.child.process.pid)
+            files.forget(folder.metrics, place.name)
             how = (
                 f"made no progress for {place.beats_within_s:g} s and was killed"
                 if hung

@@ -1,8 +1,8 @@
 """Prometheus metrics under TGI's names, and a few that TGI lacks.
 
-Several processes serve one port: with PROMETHEUS_MULTIPROC_DIR set, each keeps its values in files there and any HTTP
-worker tells the sum of all. `prometheus_client` reads the variable when it is imported, so it has to be in the
-environment before a process starts.
+Several processes serve one port: with PROMETHEUS_MULTIPROC_DIR set, each keeps its values in files there (`files`) and
+any HTTP worker tells the sum of all. `prometheus_client` reads the variable when it is imported, so it has to be in
+the environment before a process starts.
 
 Observations are tallied in plain lists and reach the registry once per scrape, or twice a second under several
 processes: a registry's own observe() would cost more than the rest of a token's way.
@@ -26,6 +26,7 @@ from prometheus_client.utils import floatToGoString
 from tgi_gateway.api.generation import Generation
 from tgi_gateway.backend import Capacity
 from tgi_gateway.host.dispatch import HostStats, StepReport
+from tgi_gateway.telemetry import files
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,11 @@ class Tally:
 class Metrics:
     """The registry of one process. Metrics are made by `RequestMetrics` and `HostMetrics`, once each."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: str = "") -> None:
+        """`place`: whose files it writes where several processes share a folder; "": its own, by process id."""
         self._directory = os.environ.get(DIRECTORY_VARIABLE)
+        if self._directory and place:
+            files.use(place)
         self._registry = None if self._directory else CollectorRegistry()
         self._flushes: list[Callable[[], None]] = []
 
