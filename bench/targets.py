@@ -6,6 +6,7 @@
     python bench/targets.py --backend simulated                  a device that only waits: what the host can keep busy
     python bench/targets.py --quick                              a small run of the CPU engine with the demo model
     python bench/targets.py --backend cuda --soak 10             ten minutes at full KV use, with cancels
+    python bench/targets.py --quick --backend llamacpp --soak 10   the same with the demo model, by 32 clients
     python bench/targets.py --url http://127.0.0.1:8000 --api openai-completions --model-folder DIR
 
 Weights are random, generated from config.json; prompts are random words, other ones in every request, of exactly the
@@ -338,9 +339,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     names = ", ".join((START, *(row.name for row in ROWS)))
-    add("--backend", default="cuda", help="of the server (default %(default)s; cpu with --quick)")
+    add("--backend", help="of the server (default cuda; cpu with --quick)")
     add("--rows", help=f"comma list of {names} (default {','.join(DEFAULT_ROWS)})")
-    add("--quick", action="store_true", help="small loads, the CPU engine and the demo model: does it all work?")
+    add("--quick", action="store_true", help="small loads and the demo model: does it all work?")
     add("--soak", type=float, metavar="MINUTES", help="no rows: random loads at full KV use, then check for leaks")
     add("--url", help="measure this server instead of starting one")
     add("--api", choices=apis(), default="tgi", help="routes to use (default %(default)s)")
@@ -374,8 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, with_start = chosen(options)
     except ValueError as error:
         made.error(str(error))
-    if options.quick and not options.url:
-        options.backend = "cpu"
+    options.backend = options.backend or ("cpu" if options.quick else "cuda")
     options.log.unlink(missing_ok=True)
     interrupted = ""
     with ExitStack() as stack:

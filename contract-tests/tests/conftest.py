@@ -31,7 +31,7 @@ def run_inner(tmp_path_factory: pytest.TempPathFactory) -> RunInner:
             running.append((report, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
         failures: Failures = {}
         for report, process in running:
-            process.wait(1500)
+            process.wait(500)
             for case in ElementTree.parse(report).iter("testcase"):
                 failed = failures.setdefault(case.get("classname", "").rpartition(".")[2], {})
                 for problem in (*case.iter("failure"), *case.iter("error")):

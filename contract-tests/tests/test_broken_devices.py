@@ -60,7 +60,7 @@ def failures(run_inner: Callable[[Path, Sequence[str], int], Failures]) -> Failu
     return run_inner(BROKEN, [f"Test{defect}" for defect in CAUGHT_BY], 1)
 
 
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("defect", CAUGHT_BY)
 def test_a_broken_device_is_caught_by_the_tests_that_name_its_fault(failures: Failures, defect: str) -> None:
     failed = failures[f"Test{defect}"]

@@ -52,7 +52,7 @@ def request(request_id: int, prompt: list[int], new: int, seed: int | None = Non
 @pytest.mark.parametrize("seed", range(10))
 def test_random_traffic_answers_as_if_each_request_were_alone(seed: int) -> None:
     rng = random.Random(seed)
-    served = Served(CellRunner(page_size=4, num_pages=41, max_sequences=4))
+    served = Served(CellRunner(page_size=4, num_pages=41, max_sequences=4, max_saved=6 if seed % 2 else None))
     roots = [[rng.randrange(50) for _ in range(rng.randrange(5, 60))] for _ in range(3)]
     asked: list[Request] = []
     cancelled: set[int] = set()
@@ -122,6 +122,23 @@ def test_what_a_running_request_has_is_copied_and_not_loaded() -> None:
     assert isinstance(end, Finished)
     assert end.usage.cached_tokens == 16
     assert runner.store.loads == 0
+
+
+@pytest.mark.parametrize("most", [0, 3, 10])
+def test_no_more_pages_are_saved_than_allowed_and_the_newest_stay(most: int) -> None:
+    runner = CellRunner(page_size=4, num_pages=101, max_sequences=2, max_saved=most)
+    served = Served(runner)
+    for number in range(8):
+        served.loop.submit(request(number, [number] * 20, 6))
+        served.run()
+        assert runner.map.saved_pages == min(most, (number + 1) * 6)
+    served.loop.submit(request(9, [7] * 20, 6))
+    served.run()
+    end = served.ends[9]
+    assert isinstance(end, Finished)
+    assert end.usage.cached_tokens == min(most, 4) * 4
+    assert served.tokens[9] == toy_answer(request(9, [7] * 20, 6), vocab=50, eos=0)
+    assert runner.map.saved_pages <= most
 
 
 def test_without_a_prefix_cache_nothing_stays() -> None:

@@ -76,6 +76,7 @@ class LlamaBackend(SteppedBackend):
                 num_pages=num_pages,
                 max_sequences=settings.max_sequences,
                 adapters=adapters,
+                max_saved_pages=_max_saved_pages(parts[0], settings),
             )
             _compare_tokenizers(model, files.tokenizer)
             return Loaded(
@@ -129,6 +130,12 @@ def _kv_tokens(parts: list[GgufFile], model: Model, settings: LlamaOptions, opti
             "choose smaller --type-k and --type-v"
         )
     return max(2, min(wanted, fits))
+
+
+def _max_saved_pages(header: GgufFile, settings: LlamaOptions) -> int | None:
+    if settings.saved_prefix_bytes is None:
+        return None
+    return int(settings.saved_prefix_bytes / max(_token_bytes(header, settings) * PAGE_SIZE, 1))
 
 
 def _token_bytes(header: GgufFile, settings: LlamaOptions) -> float:

@@ -46,6 +46,8 @@ FLAGS = (
     Flag("--type-v", str, "f16", "Type of cached values; other than f16 and f32 need flash attention.",
          choices=tuple(KV_TYPES)),
     Flag("--max-physical-batch-total-tokens", int, DEFAULT_STEP_TOKENS, "Tokens that are computed at once."),
+    Flag("--saved-prefix-mib", int, None, "Most memory for prefixes that no running request has, in MiB, beside the KV "
+         "cache; 0: none are kept. Default: as much as the KV cache."),
     Flag("--defrag-threshold", float, -1.0, "Without effect: any free cell of the KV cache can be used."),
     Flag("--gguf-type", str, "q8_0", "Type that the weights of a safetensors model are converted to."),
     Flag("--gguf-cache", Path, "~/.cache/tgi-gateway/gguf", "Folder where converted models are kept."),
@@ -76,6 +78,8 @@ class LlamaOptions:
     """Tokens that are computed at once."""
     kv_tokens: int | None
     """None: as many as are sensible for the model and this machine."""
+    saved_prefix_bytes: int | None
+    """Most memory for prefixes that no running request has; None: they are bounded by the size of the KV cache."""
 
     @property
     def kv_element_bytes(self) -> tuple[float, float]:
@@ -100,6 +104,7 @@ class LlamaOptions:
             )
         step = options.max_batch_prefill_tokens or DEFAULT_STEP_TOKENS
         physical = _whole(given, "max_physical_batch_total_tokens", 1) or DEFAULT_STEP_TOKENS
+        saved_mib = _whole(given, "saved_prefix_mib", 0)
         return LlamaOptions(
             threads=threads,
             threads_batch=_whole(given, "n_threads_batch", 1) or threads,
@@ -117,6 +122,7 @@ class LlamaOptions:
             step_tokens=step,
             physical_tokens=min(physical, step + sequences),
             kv_tokens=options.max_batch_total_tokens,
+            saved_prefix_bytes=None if saved_mib is None else saved_mib << 20,
         )
 
 

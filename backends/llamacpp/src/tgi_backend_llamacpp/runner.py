@@ -39,16 +39,18 @@ class LlamaRunner:
         num_pages: int,
         max_sequences: int,
         adapters: Mapping[str, Any],
+        max_saved_pages: int | None = None,
     ) -> None:
+        """`max_saved_pages`: of prefixes that no running request has; see `sequences`."""
         self.num_pages = num_pages
         self.max_sequences = max_sequences
         self._context = context
         self._adapters = adapters
         self._sampler = Sampler(model.vocab_size, model.end_token_ids)
-        self._sequences = SequenceMap(context, PAGE_SIZE, max_sequences)
+        self._sequences = SequenceMap(context, PAGE_SIZE, max_sequences, max_saved_pages)
 
     def attach(self, pages: PageAllocator, prefix: PrefixCache | None) -> None:
-        self._sequences.attach(pages, keeps=prefix is not None)
+        self._sequences.attach(pages, prefix)
 
     def admit(
         self, slot: int, request: Request, output_ids: Sequence[int], constraint: Constraint | None = None

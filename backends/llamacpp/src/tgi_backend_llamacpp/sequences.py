@@ -3,7 +3,8 @@
 llama.cpp keeps keys and values by (sequence, position), not by page. A slot's sequence has the slot's number, and a
 page is a run of positions in it. A page that a running request has is taken over by copying the run into another
 sequence, which moves nothing: the cells get a second owner. When the last request that has a cached page ends, the page
-is saved out of the KV cache, and loaded again for whoever finds it in the prefix cache.
+is saved out of the KV cache, and loaded again for whoever finds it in the prefix cache. How many may be saved is
+bounded: what was not used for longest leaves the prefix cache then.
 
 So only running requests have cells. That matters, because llama.cpp's attention goes over every cell in use, whoever's
 it is: a thousand idle ones would make each token of everybody dearer.
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_model_server.kv.pages import PageAllocator
+from tgi_model_server.kv.prefix import PrefixCache
 
 Saved: TypeAlias = npt.NDArray[np.uint8]
 """Keys and values of a sequence, as llama.cpp writes them."""
@@ -51,17 +53,23 @@ class _Bound:
 class SequenceMap:
     """Where each page is. Uses the sequences ``0 .. max_sequences``, the last to save and load by."""
 
-    def __init__(self, cells: Cells, page_size: int, max_sequences: int) -> None:
+    def __init__(self, cells: Cells, page_size: int, max_sequences: int, max_saved: int | None = None) -> None:
+        """`max_saved`: most pages that are saved at a time, but for such as a request is about to load; None: all."""
         self._cells = cells
         self._page_size = page_size
         self._spare = max_sequences
+        self._max_saved = max_saved
         self._allocator: PageAllocator | None = None
-        self._keeps = False
+        self._prefix: PrefixCache | None = None
         self._reset()
 
-    def attach(self, allocator: PageAllocator, *, keeps: bool) -> None:
-        """Begin anew, with the accounts of this batcher. `keeps`: pages may be wanted after their request."""
-        self._allocator, self._keeps = allocator, keeps
+    @property
+    def saved_pages(self) -> int:
+        return len(self._saved)
+
+    def attach(self, allocator: PageAllocator, prefix: PrefixCache | None) -> None:
+        """Begin anew, with the accounts of this batcher. No `prefix`: no page is wanted after its request."""
+        self._allocator, self._prefix = allocator, prefix
         self._reset()
         self._cells.clear()
 
@@ -85,21 +93,38 @@ class SequenceMap:
         bound = self._bound.pop(slot, None)
         if bound is None:
             return
-        assert self._allocator is not None, "attach() comes first"
-        free = self._allocator.free_set()
+        left: list[tuple[int, int]] = []
         for index, page in enumerate(bound.pages):
             if self._live.get(page) != slot:
                 continue
             other = next((each for each, its in self._bound.items() if its.pages[index : index + 1] == [page]), None)
             if other is not None:
                 self._live[page] = other
-                continue
-            del self._live[page]
-            if self._keeps and page not in free and page not in self._saved:
-                self._saved[page] = self._save(slot, index)
-        for page in free & self._saved.keys():
-            del self._saved[page]
+            else:
+                del self._live[page]
+                left.append((index, page))
+        for index, page in self._worth_saving(left):
+            self._saved[page] = self._save(slot, index)
         self._cells.remove(slot)
+
+    def _worth_saving(self, left: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of `left`, pages that no sequence has any more, that the prefix cache keeps, after room was made."""
+        assert self._allocator is not None, "attach() comes first"
+        while True:
+            free = self._allocator.free_set()
+            for page in free & self._saved.keys():
+                del self._saved[page]
+            kept = [(index, page) for index, page in left if page not in free and page not in self._saved]
+            if self._prefix is None:
+                return []
+            if self._max_saved is None:
+                return kept
+            excess = len(self._saved) + len(kept) - self._max_saved
+            for page in [page for page in self._saved if page in self._live][: max(excess, 0)]:
+                del self._saved[page]  # a sequence has it as well
+                excess -= 1
+            if excess <= 0 or not self._prefix.evict(excess):
+                return kept
 
     def check(self) -> None:
         """Assert that the accounts agree. For tests."""

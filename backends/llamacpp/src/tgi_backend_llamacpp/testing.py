@@ -80,17 +80,17 @@ class CellRunner:
 
     pipeline_depth = 1
 
-    def __init__(self, *, page_size: int, num_pages: int, max_sequences: int) -> None:
+    def __init__(self, *, page_size: int, num_pages: int, max_sequences: int, max_saved: int | None = None) -> None:
         self.page_size = page_size
         self.num_pages = num_pages
         self.max_sequences = max_sequences
         self.vocab, self.eos = 50, 0
         self.store = CellStore((num_pages - 1) * page_size, max_sequences + 1)
-        self.map = SequenceMap(self.store, page_size, max_sequences)
+        self.map = SequenceMap(self.store, page_size, max_sequences, max_saved)
         self._slots: dict[int, tuple[Request, list[int]]] = {}
 
     def attach(self, pages: PageAllocator, prefix: PrefixCache | None) -> None:
-        self.map.attach(pages, keeps=prefix is not None)
+        self.map.attach(pages, prefix)
 
     def admit(self, slot: int, request: Request, output_ids: Sequence[int], constraint: object = None) -> None:
         assert constraint is None
