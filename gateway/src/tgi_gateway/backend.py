@@ -243,6 +243,8 @@ class Check:
     """What is there: a version, a path, or that there is none."""
     problem: str | None = None
     """None if that will do; else what for it is needed, and the command that mends it."""
+    advice: str | None = None
+    """What would be better with something more, and the command that brings it; the backend runs without."""
 
 
 @dataclass(frozen=True, slots=True)

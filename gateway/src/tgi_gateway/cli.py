@@ -127,9 +127,10 @@ def _doctor(argv: list[str]) -> int:
     checks = doctor.examine(plugin, plugins.distribution_of(plugin.name))
     width = max(len(check.name) for check in checks)
     for check in checks:
-        print(f"  {'ok     ' if check.problem is None else 'MISSING'}  {check.name.ljust(width)}  {check.found}")
-        if check.problem is not None:
-            print(f"           {check.problem}")
+        status = "MISSING" if check.problem else "could" if check.advice else "ok"
+        print(f"  {status:7}  {check.name.ljust(width)}  {check.found}")
+        for line in filter(None, (check.problem, check.advice)):
+            print(f"           {line}")
     problems = sum(check.problem is not None for check in checks)
     print(f"cannot run here: {problems} of {len(checks)} checks failed" if problems else "can run here")
     return 1 if problems else 0

@@ -1,7 +1,8 @@
 """`tgi-gateway doctor NAME`: what a backend needs of this machine, what was found, and what to install.
 
 The Python version and the whole tree of required packages are read from the metadata of the backend's distribution.
-Compiler, driver and the like are the backend's own `BackendPlugin.checks`, for which there are `program` and `library`.
+Compiler, driver and the like are the backend's own `BackendPlugin.checks`, for which there are `program`, `library`,
+`optional` and `python_says`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import ctypes.util
 import importlib.metadata as metadata
 import platform
 import shutil
+import signal
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -20,6 +24,8 @@ from packaging.utils import canonicalize_name
 from tgi_gateway.backend import BackendPlugin, Check
 
 _PROBE_S = 10.0
+_IMPORT_S = 120.0
+"""A runtime's first import reads hundreds of megabytes."""
 
 
 def examine(plugin: BackendPlugin, distribution: str) -> list[Check]:
@@ -47,6 +53,32 @@ def library(name: str, needed_for: str, install: str) -> Check:
     return Check(f"lib{name}", found or "not found", problem)
 
 
+def optional(check: Check) -> Check:
+    """The same as advice: the backend runs without."""
+    return replace(check, problem=None, advice=check.problem)
+
+
+def python_says(code: str) -> tuple[list[str], str | None]:
+    """The lines that `code` prints, and why it failed if it did: in a process of its own, which native code may end."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"it did not answer within {_IMPORT_S:.0f} s"
+    if done.returncode == 0:
+        return done.stdout.strip().splitlines(), None
+    if done.returncode < 0:
+        return [], f"it was ended by {signal.Signals(-done.returncode).name}"
+    lines = done.stderr.strip().splitlines()
+    return [], lines[-1] if lines else f"it ended with code {done.returncode}"
+
+
 def _python(distribution: str) -> Check:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     wanted = ", ".join(metadata.metadata(distribution).get_all("Requires-Python") or ())
@@ -58,23 +90,27 @@ def _python(distribution: str) -> Check:
 def _packages(distribution: str) -> Iterator[Check]:
     """The distribution and the whole tree below it. Of packages that are required by none of ours only the problems."""
     yield Check(distribution, metadata.version(distribution))
-    seen, left = {canonicalize_name(distribution)}, deque([distribution])
+    told = {canonicalize_name(distribution)}
+    left: deque[tuple[str, frozenset[str]]] = deque([(distribution, frozenset())])
+    seen = set(left)
     while left:
-        parent = left.popleft()
-        for requirement in _requirements(parent):
+        parent, extras = left.popleft()
+        for requirement in _requirements(parent, extras):
             name = canonicalize_name(requirement.name)
             check = _package(requirement, parent)
             if check.problem is not None or (
-                name not in seen and (parent == distribution or parent.startswith("tgi-"))
+                name not in told and (parent == distribution or parent.startswith("tgi-"))
             ):
                 yield check
-            if name not in seen:
-                seen.add(name)
-                left.append(name)
+            told.add(name)
+            below = (name, frozenset(requirement.extras))
+            if below not in seen:
+                seen.add(below)
+                left.append(below)
 
 
-def _requirements(distribution: str) -> Iterator[Requirement]:
-    """What applies on this machine, without extras."""
+def _requirements(distribution: str, extras: frozenset[str]) -> Iterator[Requirement]:
+    """What applies on this machine, with these extras."""
     try:
         texts = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
@@ -84,7 +120,8 @@ def _requirements(distribution: str) -> Iterator[Requirement]:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue  # a foreign package's defect, which pip will have told of
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in (extras or {""})):
             yield requirement
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tgi_backend_cuda.checks import OLDEST
 from tgi_backend_cuda.collectives import fast_group, set_environment
 from tgi_backend_cuda.graphs import Recorder, graph_sizes, mixed_sizes
 from tgi_backend_cuda.native.launch import CudaLauncher
@@ -36,8 +37,6 @@ _FEWEST_SHARING = 4
 """Smaller batches never read shared keys together."""
 _LONG_PROMPTS = 1 << 22
 """Pairs of a new token and a key of a step's prompts, from which on their attention is worth FlashInfer's launches."""
-OLDEST = (8, 0)
-"""Compute capability that has bfloat16 and asynchronous copies."""
 
 
 class CudaDevice:

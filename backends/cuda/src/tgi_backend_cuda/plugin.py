@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from importlib.util import find_spec
 
-from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, EngineOptions
+from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, Check, EngineOptions
 from tgi_gateway.hooks import hookimpl
 
 CAPABILITIES = Capabilities(
@@ -36,6 +37,13 @@ def missing() -> str | None:
     return None
 
 
+def checks() -> Sequence[Check]:
+    """For `tgi-gateway doctor cuda`."""
+    from tgi_backend_cuda.checks import checks as all_checks
+
+    return all_checks()
+
+
 @hookimpl
 def tgi_backend() -> BackendPlugin:
-    return BackendPlugin("cuda", "PyTorch on NVIDIA GPUs", CAPABILITIES, create, missing)
+    return BackendPlugin("cuda", "PyTorch on NVIDIA GPUs", CAPABILITIES, create, missing, checks=checks)

@@ -92,7 +92,7 @@ def prompt_attention(
     if not usual or shape.head_dim not in _HEAD_DIMS or find_spec("flashinfer") is None:
         return None
     try:
-        if not _is_compiled(shape, device):
+        if not _is_compiled(shape.dtype, shape.head_dim, device):
             _compile_beside(shape, device)
             return None
         made = PromptAttention(shape, layout, device, in_flight)
@@ -103,10 +103,16 @@ def prompt_attention(
     return made
 
 
-def _is_compiled(shape: AttentionShape, device: torch.device) -> bool:
+def compiled_head_dims() -> list[int]:
+    """Those whose kernels in bfloat16 are there, for the first GPU."""
+    device = torch.device("cuda", 0)
+    return [head_dim for head_dim in _HEAD_DIMS if _is_compiled(torch.bfloat16, head_dim, device)]
+
+
+def _is_compiled(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     from flashinfer.prefill import gen_batch_prefill_module
 
-    return bool(gen_batch_prefill_module(_kind(device), *_module(shape.dtype, shape.head_dim)).is_compiled)
+    return bool(gen_batch_prefill_module(_kind(device), *_module(dtype, head_dim)).is_compiled)
 
 
 def _module(dtype: torch.dtype, head_dim: int) -> tuple[object, ...]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from tgi_backend_llamacpp.options import FLAGS
-from tgi_gateway.backend import ALL_FEATURES, Backend, BackendPlugin, Capabilities, EngineOptions, ModelFiles
+from tgi_gateway.backend import (
+    ALL_FEATURES,
+    Backend,
+    BackendPlugin,
+    Capabilities,
+    Check,
+    EngineOptions,
+    ModelFiles,
+)
 from tgi_gateway.hooks import hookimpl
 
 CAPABILITIES = Capabilities(
@@ -48,6 +57,13 @@ def missing() -> str | None:
     return None
 
 
+def checks() -> Sequence[Check]:
+    """For `tgi-gateway doctor llamacpp`."""
+    from tgi_backend_llamacpp.checks import checks as all_checks
+
+    return all_checks()
+
+
 @hookimpl
 def tgi_backend() -> BackendPlugin:
     return BackendPlugin(
@@ -61,4 +77,5 @@ def tgi_backend() -> BackendPlugin:
         weights=("gguf", "safetensors"),
         converters={"gguf": convert},
         api_version=1,
+        checks=checks,
     )

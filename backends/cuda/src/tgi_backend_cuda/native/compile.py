@@ -51,7 +51,7 @@ def build(kernel: Kernel, arch: str, folder: Path | None = None) -> bytes:
     """
     folder = folder or cache_folder()
     source = kernel.source()
-    key = hashlib.sha256("\0".join((_compiler_version(), arch, *_OPTIONS, source)).encode()).hexdigest()
+    key = hashlib.sha256("\0".join((compiler_version(), arch, *_OPTIONS, source)).encode()).hexdigest()
     file = folder / f"{kernel.name}-{arch}-{key[:32]}.cubin"
     try:
         return file.read_bytes()
@@ -75,7 +75,8 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-def _compiler_version() -> str:
+def compiler_version() -> str:
+    """NVRTC's. Raises `StartError` where it cannot be loaded."""
     return ".".join(str(part) for part in _call("nvrtcVersion"))
 
 
