@@ -75,3 +75,5 @@ def test_exchanges_compile_to_loads_and_stores_that_pass_the_caches(
         assert "st.global.wt" in built.assembly
         assert "ld.volatile.global" in built.assembly
         assert "griddepcontrol.launch_dependents" in built.assembly
+        waits, loads = (built.assembly.index(each) for each in ("griddepcontrol.wait", "ld.global"))
+        assert waits < loads, "counts and input are the work of kernels that may still run"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tgi_model_server.parallel import Shard
 
@@ -102,9 +102,12 @@ def sum_kernel(
     """out = sum of all ranks' x, plus residual with ADD; all int32 views of `words` words, out may be either input.
 
     inbox int64 [2, WORLD, CAPACITY]; addresses int64 [WORLD], of all ranks' inboxes; counts int32 [PROGRAMS]; stop
-    int32 [1]. Added up in float32 in order of rank, so that all ranks get the same bits. EARLY lets a next kernel that
-    was launched for it (programmatic dependent launch) fetch its weights while this one waits for the others.
+    int32 [1]. Added up in float32 in order of rank, so that all ranks get the same bits. EARLY is programmatic
+    dependent launch: this kernel is started before its input is there, and lets a next one that was launched for it
+    fetch its weights while this one waits for the others.
     """
+    if EARLY:
+        gdc_wait()
     program = tl.program_id(0)
     count = tl.load(counts + program) + 1
     half = (count & 1).to(tl.int64) * (WORLD * CAPACITY)
@@ -153,6 +156,8 @@ def gather_kernel(
 
     The rest as in `sum_kernel`.
     """
+    if EARLY:
+        gdc_wait()
     program = tl.program_id(0)
     count = tl.load(counts + program) + 1
     half = (count & 1).to(tl.int64) * (WORLD * CAPACITY)
@@ -254,6 +259,7 @@ class Exchange:
             BLOCK=BLOCK,
             EARLY=self._early,
             num_warps=4,
+            **({"launch_pdl": True} if self._early else {}),
             **constants,
         )
 

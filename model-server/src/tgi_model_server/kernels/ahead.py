@@ -35,7 +35,7 @@ _DTYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 @dataclass(frozen=True, slots=True)
