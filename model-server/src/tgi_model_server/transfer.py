@@ -16,10 +16,12 @@ def pinned_copy(
 
     Pinned memory comes from a cache that hands a piece out again only when the copies from it are done.
     """
-    found = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
+    found = (
+        torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype, device="cpu")
+    )
     if device.type == "cpu":
         return found
-    return torch.empty(found.shape, dtype=dtype, pin_memory=True).copy_(found)
+    return torch.empty(found.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(found)
 
 
 def to_device(
@@ -37,7 +39,7 @@ class HostCopy:
         if tensor.device.type == "cpu":
             self._host = tensor
             return
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
         # Blocking: whoever waits sleeps. The device has its next step by then, so the time to wake up costs nothing.
         self._event = torch.Event(tensor.device, blocking=True)

@@ -203,7 +203,7 @@ def _aligned(size: int) -> int:
 
 
 def _host_buffer(sizes: _Sizes, device: torch.device) -> torch.Tensor:
-    return torch.empty(sizes.starts()[-1], dtype=torch.int32, pin_memory=device.type != "cpu")
+    return torch.empty(sizes.starts()[-1], dtype=torch.int32, device="cpu", pin_memory=device.type != "cpu")
 
 
 def _list_tiles(plan: StepPlan, order: Sequence[int], per_tile: int) -> list[tuple[int, int]]:
