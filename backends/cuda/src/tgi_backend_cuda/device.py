@@ -37,6 +37,10 @@ _FEWEST_SHARING = 4
 """Smaller batches never read shared keys together."""
 _LONG_PROMPTS = 1 << 22
 """Pairs of a new token and a key of a step's prompts, from which on their attention is worth FlashInfer's launches."""
+_LONG_CONTEXT = 8192
+"""Keys of one prompt, from which on the same holds however few its new tokens are: FlashInfer cuts the keys into parts,
+while one program of Triton's kernel reads all of a tile (1.3 ms a layer for 32,000 keys).
+"""
 
 
 class CudaDevice:
@@ -163,8 +167,14 @@ class CudaDevice:
         """Not where FlashInfer's attention, which graphs lack, saves more than starting launch by launch costs."""
         if plan.is_decode or not any(self._prompts.values()):
             return True
-        rows = zip(plan.query_lens, plan.kv_lens, strict=True)
-        return sum(query_len * kv_len for query_len, kv_len in rows if query_len > 1) < _LONG_PROMPTS
+        prompts = [
+            (query_len, kv_len)
+            for query_len, kv_len in zip(plan.query_lens, plan.kv_lens, strict=True)
+            if query_len > 1
+        ]
+        if max((kv_len for _, kv_len in prompts), default=0) >= _LONG_CONTEXT:
+            return False
+        return sum(query_len * kv_len for query_len, kv_len in prompts) < _LONG_PROMPTS
 
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         """One graph for rows that each read their own keys; from a few rows on, one more for those that share some."""
