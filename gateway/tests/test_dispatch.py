@@ -265,7 +265,7 @@ async def test_waiting_time_is_added_to_the_engines_own(host: Host) -> None:
     [
         (request(2, prompt_tokens=1000), "validation"),
         (request(2, max_new_tokens=991), "validation"),
-        (replace(request(2), input_ids=(100,)), "validation"),
+        (replace(request(2), stop=StopRules(5, stop_token_ids=(100,))), "validation"),
         (replace(request(2), top_n_tokens=21), "validation"),
         (request(1), "validation"),
     ],

@@ -66,8 +66,6 @@ def test_a_request_that_just_fits_is_not_refused() -> None:
         (request(41, 1), "must have less than 40 tokens. Given: 41"),
         (request(40, 11), "must be <= 50. Given: 40 `inputs` tokens and 11 `max_new_tokens`"),
         (replace(request(), stop=StopRules(5, min_new_tokens=6)), "`min_new_tokens` is 6"),
-        (replace(request(), input_ids=(1, 100)), "token id 100; this model knows 0 to 99"),
-        (replace(request(), input_ids=(-1, 5)), "token id -1"),
         (replace(request(), sampling=SamplingParams(logit_bias=((100, 1.0),))), "`logit_bias` has token id 100"),
         (replace(request(), stop=StopRules(5, stop_token_ids=(-3,))), "`stop_token_ids` has token id -3"),
     ],

@@ -87,8 +87,8 @@ def refuse_impossible(request: Request, model: ModelInfo, capabilities: Capabili
         raise ValidationError(
             f"`min_new_tokens` is {request.stop.min_new_tokens}, more than `max_new_tokens`, {max_new_tokens}"
         )
+    # Those of the prompt are checked in the HTTP worker where they do not come from the tokenizer, and by each engine.
     for name, token_ids in (
-        ("inputs", request.input_ids),
         ("logit_bias", [token_id for token_id, _ in request.sampling.logit_bias]),
         ("stop_token_ids", request.stop.stop_token_ids),
     ):

@@ -20,6 +20,7 @@ from tgi_gateway.types import Failed, Request, StepEvents
 from tgi_gateway.wire import engine_pb2 as pb
 from tgi_gateway.wire.channel import ATTACH, CANCEL, HEALTH, SERVICE, WORKER_OPTIONS, address
 from tgi_gateway.wire.codec import (
+    ID_BYTES,
     decode_capabilities,
     decode_capacity,
     decode_model,
@@ -290,7 +291,7 @@ class RemoteBackend:
         with self._lock:
             tokens = count = 0
             for submit in self._submits:
-                tokens += len(submit.input_ids)
+                tokens += len(submit.input_ids) // ID_BYTES
                 if count and tokens > MAX_TOKENS_PER_MESSAGE:
                     break
                 count += 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import cast, get_args
 
 from tgi_gateway.backend import ALL_FEATURES, Capabilities, Capacity, ModelInfo
@@ -27,6 +29,9 @@ _REASON_CODES: dict[FinishReason, pb.FinishReason] = {
     "cancelled": pb.CANCELLED,
 }
 _REASONS: dict[int, FinishReason] = {int(code): reason for reason, code in _REASON_CODES.items()}
+_UINT32 = "I"
+ID_BYTES = array(_UINT32).itemsize
+assert ID_BYTES == 4, "the wire has 4 bytes for each token id"
 _GRAMMAR_KINDS: frozenset[str] = frozenset(get_args(GrammarKind))
 
 
@@ -35,7 +40,7 @@ def encode_request(request: Request) -> pb.Request:
     sampling, stop = request.sampling, request.stop
     return pb.Request(
         request_id=request.request_id,
-        input_ids=request.input_ids,
+        input_ids=_pack_ids(request.input_ids),
         sampling=pb.SamplingParams(
             do_sample=sampling.do_sample,
             temperature=sampling.temperature,
@@ -73,6 +78,27 @@ def encode_request(request: Request) -> pb.Request:
     )
 
 
+def _pack_ids(ids: Iterable[int]) -> bytes:
+    try:
+        packed = array(_UINT32, ids)
+    except OverflowError as error:
+        raise ValueError(f"a token id has no place in 32 bits: {error}") from None
+    return _little_endian(packed).tobytes()
+
+
+def _unpack_ids(packed: bytes) -> tuple[int, ...]:
+    """Raises ValueError for a part of an id."""
+    ids = array(_UINT32)
+    ids.frombytes(packed)
+    return tuple(_little_endian(ids))
+
+
+def _little_endian(ids: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids
+
+
 def decode_request(message: pb.Request) -> Request:
     """Raises ValueError for what no `encode_request` makes."""
     sampling, stop = message.sampling, message.stop
@@ -84,7 +110,7 @@ def decode_request(message: pb.Request) -> Request:
         grammar = Grammar(cast(GrammarKind, kind), sampling.grammar.source)
     return Request(
         request_id=message.request_id,
-        input_ids=tuple(message.input_ids[:]),
+        input_ids=_unpack_ids(message.input_ids),
         sampling=SamplingParams(
             do_sample=sampling.do_sample,
             temperature=sampling.temperature,
