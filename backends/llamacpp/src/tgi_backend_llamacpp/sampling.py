@@ -145,13 +145,9 @@ class Sampler:
         if not slot.scored:
             result.logprobs.append(NO_LOGPROB)
             return
-        whole = filters.log_sum_exp(raw)
-        result.logprobs.append(float(raw[token] - whole))
-        wanted = min(slot.request.top_n_tokens, self._vocab_size)
-        if wanted:
-            top = np.argpartition(-raw, wanted - 1)[:wanted]
-            top = top[np.argsort(-raw[top], kind="stable")]
-            result.top[index] = tuple(zip(top.tolist(), (raw[top] - whole).tolist(), strict=True))
+        result.logprobs.append(float(raw[token] - filters.log_sum_exp(raw)))
+        if slot.request.top_n_tokens:
+            result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens)
 
 
 def _penalize(
