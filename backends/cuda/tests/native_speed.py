@@ -1,6 +1,6 @@
 """How fast a decode step of an 8B model is on the native kernels, and each of its products beside the library's.
 
-python backends/cuda/tests/native_speed.py --tokens 1 4 --json OUT
+python backends/cuda/tests/native_speed.py --tokens 1 4 32 --json OUT    above 8 tokens a step is without attention
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import torch
 
 from tgi_backend_cuda.native.attention import DecodeRows
 from tgi_backend_cuda.native.launch import CudaLauncher
+from tgi_backend_cuda.native.linear import MAX_TOKENS
 from tgi_backend_cuda.native.ops import NativeOps
+from tgi_model_server.device import Norm
+from tgi_model_server.kernels.ops import TritonOps
 
 GPU = torch.device("cuda")
 EPS = 1e-5
@@ -110,8 +113,10 @@ class Step:
         )
         size = (tokens * pages + 1, PAGE, KV_HEADS, HEAD_DIM)
         self.pools = [[torch.randn(size, device=GPU).bfloat16() for _ in range(2)] for _ in layers]
-        weights = sum(t.nbytes for layer in layers for t in vars(layer).values()) + head.nbytes
-        self.bytes = weights + len(layers) * 2 * tokens * length * KV_HEADS * HEAD_DIM * 2
+        self.attends = tokens <= MAX_TOKENS
+        self.bytes = sum(t.nbytes for layer in layers for t in vars(layer).values()) + head.nbytes
+        if self.attends:
+            self.bytes += len(layers) * 2 * tokens * length * KV_HEADS * HEAD_DIM * 2
 
     def attend(self, ops: NativeOps, layer: int) -> None:
         keys, values = self.pools[layer]
@@ -122,11 +127,23 @@ class Step:
         self.residual.copy_(self.input)
         for number, layer in enumerate(self.layers):
             ops.norm_linear(self.residual, layer.norm, EPS, layer.qkv, out=self.qkv)
-            self.attend(ops, number)
+            if self.attends:
+                self.attend(ops, number)
             ops.linear_add(self.attended, layer.out, self.residual)
             ops.norm_gated(self.residual, layer.middle_norm, EPS, layer.gate_up, out=self.inner)
             ops.linear_add(self.inner, layer.down, self.residual)
         return ops.norm_head(self.residual, self.layers[0].norm, EPS, self.head, out=self.logits)
+
+    def run_library(self, ops: TritonOps) -> None:
+        """The same without attention, by the library's products and the kernels between them."""
+        self.residual.copy_(self.input)
+        for layer in self.layers:
+            ops.norm_linear(self.residual, Norm(layer.norm, EPS), layer.qkv, None)
+            ops.linear_add(self.attended, layer.out, None, self.residual)
+            inner = ops.norm_gated(self.residual, Norm(layer.middle_norm, EPS), layer.gate_up, None)
+            ops.linear_add(inner, layer.down, None, self.residual)
+        normed = ops.rms_norm(self.residual, self.layers[0].norm, EPS)
+        torch.mm(normed, self.head.t(), out_dtype=torch.float32)
 
     def time(self, launcher: CudaLauncher) -> float:
         ops = NativeOps(launcher)
@@ -182,11 +199,12 @@ def measure(tokens: int) -> dict[str, object]:
     layers = [make_layer() for _ in range(LAYERS)]
     head = torch.empty(VOCABULARY, HIDDEN, device=GPU, dtype=torch.bfloat16).normal_(0, HIDDEN**-0.5)
     step = Step(layers, head, tokens, LENGTH)
-    print(f"\n{tokens} tokens, {LENGTH} keys each, {LAYERS} layers and head, {step.bytes / 1e9:.2f} GB:")
-    times = {}
-    for name, launcher in (("overlapping", overlapping), ("one after another", serial)):
-        times[name] = us = step.time(launcher)
-        print(f"  {name:18} {us / 1000:.3f} ms  {step.bytes / us / 1e6:.2f} TB/s", flush=True)
+    attention = f"{LENGTH} keys each" if step.attends else "no attention"
+    print(f"\n{tokens} tokens, {attention}, {LAYERS} layers and head, {step.bytes / 1e9:.2f} GB:")
+    times = {"overlapping": step.time(overlapping), "one after another": step.time(serial)}
+    times["library, no attention"] = microseconds(capture(lambda: step.run_library(TritonOps())))
+    for name, us in times.items():
+        print(f"  {name:22} {us / 1000:.3f} ms  {step.bytes / us / 1e6:.2f} TB/s", flush=True)
     few = Step(layers[:FEW_LAYERS], head, tokens, LENGTH)
     return {"step_us": times, "product_us": against_library(overlapping, few)}
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from tgi_backend_cuda.native.compile import Kernel, build
+from tgi_backend_cuda.native.linear import Epilogue
 from tgi_backend_cuda.native.ops import NativeOps
+from tgi_backend_cuda.native.tensor_map import TensorMap, Tiling
+from tgi_backend_cuda.native.wide import WIDTHS
 from tgi_gateway.errors import StartError
 
 NVRTC = next(iter(distributions(name="nvidia-cuda-nvrtc")), None)
@@ -29,16 +32,22 @@ class Nowhere:
 
     multiprocessors = 132
 
-    def __init__(self, shared_kib: int) -> None:
+    def __init__(self, shared_kib: int, *, hopper: bool) -> None:
         self.shared_bytes = shared_kib * 1024
+        self.hopper = hopper
+
+    def tensor_map(self, _: Tiling) -> TensorMap:
+        raise AssertionError("nothing runs here")
 
     def launch(self, *_: object) -> None:
         raise AssertionError("nothing runs here")
 
 
-def delivered(tokens: list[int], shared_kib: int = 227, dtype: torch.dtype = BF16) -> list[Kernel]:
-    ops = NativeOps(Nowhere(shared_kib))
-    return [*ops.kernels(dtype, tokens, 4096), ops.attention_kernel(32, 8, 128, 16, dtype, normed=False)]
+def delivered(
+    tokens: list[int], shared_kib: int = 227, dtype: torch.dtype = BF16, *, hopper: bool = True
+) -> list[Kernel]:
+    ops = NativeOps(Nowhere(shared_kib, hopper=hopper))
+    return [*ops.kernels(dtype, tokens, 4096), ops.attention_kernel(tokens[0], 32, 8, 128, 16, dtype, normed=False)]
 
 
 def disassemble(code: bytes, folder: Path) -> str:
@@ -53,7 +62,7 @@ def disassemble(code: bytes, folder: Path) -> str:
 
 @pytest.mark.parametrize(("arch", "shared_kib", "dtype"), [("sm_80", 163, BF16), ("sm_100", 227, torch.float16)])
 def test_kernels_compile_for_other_chips(tmp_path: Path, arch: str, shared_kib: int, dtype: torch.dtype) -> None:
-    for kernel in delivered([4], shared_kib, dtype):
+    for kernel in delivered([4, 32], shared_kib, dtype, hopper=False):
         assert build(kernel, arch, tmp_path)
 
 
@@ -72,6 +81,20 @@ def test_code_for_hopper_copies_16_bytes_at_a_time_and_keeps_descriptors_whole(t
         assert len(re.findall(r"\b(?:STL|LDL)\b", code)) <= 16, kernel  # registers in memory, outside of loops
         assert "HMMA" in code, kernel
         assert "ACQBULK" in code, f"{kernel} does not wait for the kernel before it"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the disassembler comes with Triton")
+def test_products_of_many_rows_copy_by_the_engine_and_multiply_by_four_warps_at_once(tmp_path: Path) -> None:
+    kernels = [kernel for kernel in delivered(list(WIDTHS)) if kernel.name == "wide"]
+    assert len(kernels) == len(WIDTHS) * len(Epilogue)
+    # Of each number of rows one, of each epilogue at least one.
+    for kernel in kernels[:: len(Epilogue) + 1]:
+        code = disassemble(build(kernel, "sm_90a", tmp_path), tmp_path)
+        width = dict(kernel.constants)["N"]
+        assert f"HGMMA.64x{width}x16" in code, kernel
+        assert "UTMALDG" in code, kernel
+        assert "ACQBULK" in code, f"{kernel} does not wait for the kernel before it"
+        assert not re.search(r"\b(?:STL|LDL)\b", code), f"{kernel} keeps registers in memory"
 
 
 def test_a_kernel_is_compiled_once_for_a_chip(tmp_path: Path) -> None:

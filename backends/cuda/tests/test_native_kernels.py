@@ -14,6 +14,7 @@ from emulation import EmulatedLauncher
 from tgi_backend_cuda.native.attention import AttentionTuning, DecodeRows
 from tgi_backend_cuda.native.linear import LinearTuning, LinearTunings
 from tgi_backend_cuda.native.ops import NativeOps
+from tgi_backend_cuda.native.wide import WideTuning, WideTunings
 from tgi_model_server.device import HeadNorms, KVLayout
 from tgi_model_server.reference import ReferenceOps, ReferencePlan
 
@@ -57,8 +58,32 @@ def test_products_of_odd_sizes_are_those_of_the_reference(
     folder: Path, tokens: int, dtype: torch.dtype, tuning: LinearTuning
 ) -> None:
     ops = NativeOps(EmulatedLauncher(folder, multiprocessors=5), LinearTunings(tuning, tuning, tuning, tuning, tuning))
+    compare_products(ops, tokens, dtype, ((8, 5), (200, 37), (1032, 130)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "tuning", "multiprocessors", "shapes"),
+    [
+        (9, torch.bfloat16, WideTuning(stages=2, rotate=3), 9, ((8, 8), (520, 136), (64, 600))),
+        (33, torch.float16, WideTuning(groups=2, rotate=0), 9, ((200, 40), (328, 136))),
+    ],
+)
+def test_products_of_many_rows_are_those_of_the_reference_however_blocks_share_them(
+    folder: Path,
+    tokens: int,
+    dtype: torch.dtype,
+    tuning: WideTuning,
+    multiprocessors: int,
+    shapes: tuple[tuple[int, int], ...],
+) -> None:
+    launcher = EmulatedLauncher(folder, multiprocessors)
+    ops = NativeOps(launcher, wide=WideTunings(tuning, tuning, tuning, tuning))
+    compare_products(ops, tokens, dtype, shapes)
+
+
+def compare_products(ops: NativeOps, tokens: int, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> None:
     allowed = 5e-3 if dtype == torch.bfloat16 else 1e-3
-    for columns, rows in ((8, 5), (200, 37), (1032, 130)):
+    for columns, rows in shapes:
         torch.manual_seed(columns)
         x, norm = torch.randn(tokens, columns).to(dtype), torch.randn(columns).to(dtype)
         weight, bias = (torch.randn(2 * rows, columns) / columns**0.5).to(dtype), torch.randn(2 * rows).to(dtype)
@@ -69,7 +94,7 @@ def test_products_of_odd_sizes_are_those_of_the_reference(
         assert relative(got, F.silu(gate) * up) < allowed
         want = product(x, half, half_bias) + residual.float()
         assert relative(ops.linear_add(x, half, residual, half_bias), want) < allowed
-        if tokens == 1:
+        if tokens in (1, 9):
             logits = ops.norm_head(x, norm, EPS, half, out=poisoned(tokens, rows, dtype=torch.float32))
             assert relative(logits, product(normed, half, torch.zeros(rows))) < 1e-5
 

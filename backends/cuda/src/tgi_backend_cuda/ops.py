@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tgi_backend_cuda.native.attention import DecodeRows, supports_attention
+from tgi_backend_cuda.native.attention import MAX_ROWS, DecodeRows, supports_attention
 from tgi_backend_cuda.native.compile import Kernel
+from tgi_backend_cuda.native.linear import MAX_TOKENS
 from tgi_backend_cuda.native.ops import NativeOps
+from tgi_backend_cuda.native.wide import WIDTHS
 from tgi_backend_cuda.prefill import PlannedPrompts
 from tgi_model_server.device import AttentionShape, HeadNorms, Norm
 from tgi_model_server.kernels.launch import Tuning
@@ -27,7 +29,7 @@ class CudaAttentionPlan(TritonAttentionPlan):
 
 
 NATIVE_TOKENS = (1, 2, 4, 8)
-"""Sizes of steps that run on the native kernels: those that there are graphs of, up to 8."""
+"""Sizes of steps up to `MAX_TOKENS` that run on the native kernels: those that there are graphs of."""
 
 
 class CudaOps(TritonOps):
@@ -46,12 +48,14 @@ class CudaOps(TritonOps):
         columns, dtype = weight.shape[1], weight.dtype
         if (columns, dtype) not in self._packed:
             self._packed.add((columns, dtype))
-            self._prepare(self._native.kernels(dtype, NATIVE_TOKENS, columns))
+            self._prepare(self._native.kernels(dtype, (*NATIVE_TOKENS, *WIDTHS), columns))
         return weight
 
-    def _suited(self, x: torch.Tensor, *, normed: bool) -> NativeOps | None:
+    def _suited(self, x: torch.Tensor, *, normed: bool, gated: int = 0) -> NativeOps | None:
         tokens, columns = x.shape
-        suited = tokens in NATIVE_TOKENS and self._native.supports(tokens, columns, x.dtype, normed=normed)
+        if (tokens not in NATIVE_TOKENS and tokens <= MAX_TOKENS) or not x.is_contiguous():
+            return None
+        suited = self._native.supports(tokens, columns, x.dtype, normed=normed, gated=gated)
         return self._native if suited else None
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -73,7 +77,7 @@ class CudaOps(TritonOps):
         return native.norm_linear(x, norm.weight, norm.eps, weight, bias)
 
     def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        native = self._suited(x, normed=True)
+        native = self._suited(x, normed=True, gated=weight.shape[0] // 2)
         if native is None:
             return super().norm_gated(x, norm, weight, bias)
         return native.norm_gated(x, norm.weight, norm.eps, weight, bias)
@@ -105,7 +109,7 @@ class CudaOps(TritonOps):
         tokens = qkv.shape[0]
         # Where nothing is shared and all rows have one token, the tables have the step's order.
         if (
-            tokens in NATIVE_TOKENS
+            (tokens in NATIVE_TOKENS or MAX_TOKENS < tokens <= MAX_ROWS)
             and plan.decode_lens.shape[0] == tokens
             and not plan.tiles.shape[0]
             and plan.shared is None

@@ -1,5 +1,6 @@
 // `ptx.cuh` for a CPU: the threads of a block are fibers that take turns, in random order, at every point of
-// synchronization. Asynchronous copies land as late or as early as they may. Blocks run one after another.
+// synchronization. Asynchronous copies land as late or as early as they may. Blocks run one after another, those of a
+// cluster together.
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <sys/mman.h>
@@ -20,6 +22,7 @@ typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
 struct uint4 { u32 x, y, z, w; } __attribute__((aligned(16)));
+struct float4 { float x, y, z, w; } __attribute__((aligned(16)));
 struct Index { u32 x, y, z; };
 
 #define DEVICE static __attribute__((noinline))
@@ -39,7 +42,8 @@ struct Fiber {
     u32 thread = 0;
     bool done = false;
     Meeting *at = nullptr;  // where it waits, and the round that must end
-    u32 round = 0;
+    u32 round = 0, cluster_round = 0;
+    struct Block *block = nullptr;
     std::deque<std::vector<Copy>> groups;
     std::vector<Copy> open;
 };
@@ -47,10 +51,17 @@ struct Warp {
     Meeting meeting;
     u32 words[32][8];
 };
+struct Block {
+    Index index;
+    u32 rank, threads;
+    u8 *shared;
+    std::vector<Warp> warps;
+    Meeting meeting;
+};
 static ucontext_t scheduler;
 static std::vector<std::unique_ptr<Fiber>> fibers;
-static std::vector<Warp> warps;
-static Meeting block;
+static std::vector<Block> cluster;
+static Meeting cluster_meeting;
 static Fiber *current;
 
 [[noreturn]] static void fail(const char *what) {
@@ -73,10 +84,10 @@ static void land(std::vector<Copy> &copies) {
         else memset(copy.to, 0, 16);
     copies.clear();
 }
-static void sync_warp() { meet(warps[threadIdx.x / 32].meeting, 32); }
+static void sync_warp() { meet(current->block->warps[threadIdx.x / 32].meeting, 32); }
 // Every lane gives up to 8 words and then sees those of all lanes.
 template <typename Result> static auto exchange(std::initializer_list<u32> words, Result result) {
-    Warp &warp = warps[threadIdx.x / 32];
+    Warp &warp = current->block->warps[threadIdx.x / 32];
     std::copy(words.begin(), words.end(), warp.words[threadIdx.x % 32]);
     sync_warp();
     auto value = result(warp.words);
@@ -89,10 +100,12 @@ static inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float as_float(u32 bits) { float v; memcpy(&v, &bits, 4); return v; }
 static inline u32 as_bits(float v) { u32 bits; memcpy(&bits, &v, 4); return bits; }
+static inline float __uint_as_float(u32 bits) { return as_float(bits); }
 static inline void __syncwarp() { emulator::sync_warp(); }
-static inline void __syncthreads() { emulator::meet(emulator::block, (u32)emulator::fibers.size()); }
+static inline void __syncthreads() { emulator::meet(emulator::current->block->meeting, emulator::current->block->threads); }
 static inline void __threadfence() {}
 static inline float __shfl_xor_sync(u32, float v, int mask) {
     return emulator::exchange({as_bits(v)}, [&](u32 (*all)[8]) { return as_float(all[threadIdx.x % 32 ^ mask][0]); });
@@ -178,6 +191,121 @@ DEVICE float power_of_2(float v) { return exp2f(v); }
 DEVICE float minus_infinity() { return as_float(0xff800000u); }
 DEVICE float inverse_root(float v) { return 1.0f / sqrtf(v); }
 
+#if HOPPER
+// `hopper.cuh`: boxes land one by one, in any order, while somebody waits.
+struct alignas(64) TensorMap {
+    u64 address, rank, sizes[4], strides[3];
+    u32 box[4];
+    u8 rest[128 - 88];
+};
+#define TENSOR_MAP TensorMap
+
+namespace emulator {
+struct Barrier { u32 arrivals, left, bytes, phase; };
+struct Flight { u8 *to; TensorMap map; u64 at[4]; u64 *barrier; };
+static std::map<u64 *, Barrier> barriers;
+static std::vector<Flight> flights;
+static u32 idle;
+static void settle(Barrier &barrier) {
+    idle = 0;
+    if (barrier.left || barrier.bytes) return;
+    barrier.phase ^= 1;
+    barrier.left = barrier.arrivals;
+}
+static void start_cluster() {
+    if (!flights.empty()) fail("a copy that nobody waited for");
+    barriers.clear();
+}
+static void land_box(const Flight &flight) {
+    const TensorMap &map = flight.map;
+    u64 row = 0, index[4] = {0, 0, 0, 0};
+    for (;; row++) {
+        for (u64 column = 0; column < map.box[0]; column++) {
+            bool inside = flight.at[0] + column < map.sizes[0];
+            const u8 *from = (const u8 *)map.address + 2 * (flight.at[0] + column);
+            for (u64 d = 1; d < map.rank; d++) {
+                inside = inside && flight.at[d] + index[d] < map.sizes[d];
+                from += (flight.at[d] + index[d]) * map.strides[d - 1];
+            }
+            *(u16 *)(flight.to + row * 128 + ((2 * column) ^ (row % 8 << 4))) = inside ? *(const u16 *)from : 0;
+        }
+        u64 d = 1;
+        for (; d < map.rank && ++index[d] == map.box[d]; d++) index[d] = 0;
+        if (d == map.rank) break;
+    }
+    Barrier &barrier = barriers.at(flight.barrier);
+    barrier.bytes -= (u32)(row + 1) * 128;
+    settle(barrier);
+}
+}  // namespace emulator
+
+DEVICE void barrier_init(u64 *at, u32 arrivals) { emulator::barriers[at] = {arrivals, arrivals, 0, 0}; }
+DEVICE void barriers_made() {}
+DEVICE void barrier_expect(u64 *at, u32 bytes) {
+    emulator::Barrier &barrier = emulator::barriers.at(at);
+    if (!barrier.left--) emulator::fail("a barrier that too many arrive at");
+    barrier.bytes += bytes;
+    emulator::settle(barrier);
+}
+DEVICE void barrier_arrive(u64 *at) { barrier_expect(at, 0); }
+DEVICE void barrier_wait(u64 *at, u32 parity) {
+    using namespace emulator;
+    while (barriers.at(at).phase == parity) {
+        if (!flights.empty() && chance() % 4 == 0) {
+            std::swap(flights[chance() % flights.size()], flights.back());
+            const Flight flight = flights.back();
+            flights.pop_back();
+            land_box(flight);
+        } else if (++idle > 10000000) {
+            fail("a barrier that waits for ever");
+        }
+        swapcontext(&current->context, &scheduler);
+    }
+}
+DEVICE u32 cluster_rank() { return emulator::current->block->rank; }
+DEVICE u32 cluster_blocks() { return (u32)emulator::cluster.size(); }
+DEVICE void cluster_arrive() {
+    using namespace emulator;
+    current->cluster_round = cluster_meeting.round;
+    if (++cluster_meeting.arrived < fibers.size()) return;
+    cluster_meeting.arrived = 0;
+    cluster_meeting.round++;
+}
+DEVICE void cluster_wait() {
+    using namespace emulator;
+    current->at = &cluster_meeting;
+    current->round = current->cluster_round;
+    swapcontext(&current->context, &scheduler);
+}
+DEVICE void store_in(u32 rank, float4 *at, float4 v) { *(float4 *)(emulator::cluster[rank].shared + ((u8 *)at - shared)) = v; }
+DEVICE u64 policy_once() { return 0; }
+DEVICE u64 policy_often() { return 0; }
+DEVICE void fetch_map(const TensorMap &) {}
+DEVICE void copy_box(void *to, const TensorMap &map, u32 column, u32 row, u64 *barrier, u64) {
+    if (((u8 *)to - shared) % 1024) emulator::fail("a box is not aligned");
+    emulator::flights.push_back({(u8 *)to, map, {column, row, 0, 0}, barrier});
+}
+DEVICE void copy_box(void *to, const TensorMap &map, u32 column, u32 row, u32 half, u32 group, u64 *barrier, u64) {
+    if (((u8 *)to - shared) % 1024) emulator::fail("a box is not aligned");
+    emulator::flights.push_back({(u8 *)to, map, {column, row, half, group}, barrier});
+}
+DEVICE u64 operand(const void *at) { return (u64)((const u8 *)at - shared) >> 4; }
+DEVICE void products_begin() { emulator::sync_warp(); }
+DEVICE void products_commit() {}
+template <int PENDING> DEVICE void products_wait() { emulator::sync_warp(); }
+template <int COUNT> DEVICE void pin(float (&)[COUNT]) {}
+DEVICE float operand_at(u64 operand, u32 row, u32 column) {
+    const u64 at = (operand << 4) + row * 128 + column * 2;
+    return widen(*(const u16 *)(shared + (at ^ (at >> 7 & 7) << 4)));
+}
+DEVICE void multiply(float (&c)[N / 2], u64 weight, u64 input) {
+    const u32 g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (u32 i = 0; i < N / 2; i++)
+        for (u32 k = 0; k < 16; k++)
+            c[i] += operand_at(weight, threadIdx.x % 128 / 32 * 16 + g + i % 4 / 2 * 8, k) * operand_at(input, i / 4 * 8 + 2 * q + i % 2, k);
+}
+#endif
+
 namespace emulator {
 template <typename... A, size_t... I> void call(void (*kernel)(A...), void **arguments, std::index_sequence<I...>) {
     kernel(*(A *)arguments[I]...);
@@ -198,16 +326,20 @@ extern "C" u8 *guarded(u64 bytes) {
     if (at == MAP_FAILED || mprotect(at + size, page, PROT_NONE)) fail("no memory");
     return at + size - bytes;
 }
-static void run_block(u32 threads) {
-    warps.assign(threads / 32, Warp());
-    block = Meeting();
-    fibers.resize(threads);
+static void run_cluster() {
+    cluster_meeting = Meeting();
+#if HOPPER
+    start_cluster();
+#endif
+    const u32 threads = cluster[0].threads, all = threads * (u32)cluster.size();
+    fibers.resize(all);
     std::vector<Fiber *> order;
-    for (u32 i = 0; i < threads; i++) {
+    for (u32 i = 0; i < all; i++) {
         if (!fibers[i]) fibers[i] = std::make_unique<Fiber>();
         Fiber &fiber = *fibers[i];
         fiber.stack.resize(1 << 16);
-        fiber.thread = i;
+        fiber.thread = i % threads;
+        fiber.block = &cluster[i / threads];
         fiber.done = false;
         fiber.at = nullptr;
         fiber.groups.clear();
@@ -219,7 +351,7 @@ static void run_block(u32 threads) {
         order.push_back(&fiber);
     }
     std::shuffle(order.begin(), order.end(), chance);
-    for (u32 open = threads; open;) {
+    for (u32 open = all; open;) {
         bool moved = false;
         for (Fiber *fiber : order) {
             if (fiber->done || (fiber->at && fiber->at->round == fiber->round)) continue;
@@ -227,6 +359,8 @@ static void run_block(u32 threads) {
             current = fiber;
             fiber->at = nullptr;
             threadIdx = {fiber->thread, 0, 0};
+            blockIdx = fiber->block->index;
+            shared = fiber->block->shared;
             swapcontext(&scheduler, &fiber->context);
             open -= fiber->done;
         }
@@ -234,18 +368,22 @@ static void run_block(u32 threads) {
         if (chance() % 4 == 0) std::shuffle(order.begin(), order.end(), chance);
     }
 }
-static void launch(u32 grid_x, u32 grid_y, u32 grid_z, u32 threads, u32 shared_bytes, u32 seed) {
+static void launch(u32 grid_x, u32 grid_y, u32 grid_z, u32 threads, u32 shared_bytes, u32 together, u32 seed) {
     chance.seed(seed);
     gridDim = {grid_x, grid_y, grid_z};
-    std::vector<u32> order(grid_x * grid_y * grid_z);
+    std::vector<u32> order(grid_x * grid_y * grid_z / together);
     for (u32 i = 0; i < order.size(); i++) order[i] = i;
     std::shuffle(order.begin(), order.end(), chance);
-    u8 *const memory = guarded(shared_bytes);
-    for (u32 i : order) {
-        blockIdx = {i % grid_x, i / grid_x % grid_y, i / grid_x / grid_y};
-        memset(memory, 0xff, shared_bytes);
-        shared = memory;
-        run_block(threads);
+    std::vector<u8 *> memory(together);
+    for (u8 *&at : memory) at = guarded(shared_bytes);
+    for (u32 first : order) {
+        cluster.clear();
+        for (u32 rank = 0; rank < together; rank++) {
+            const u32 i = first * together + rank;
+            memset(memory[rank], 0xff, shared_bytes);
+            cluster.push_back({{i % grid_x, i / grid_x % grid_y, i / grid_x / grid_y}, rank, threads, memory[rank], std::vector<Warp>(threads / 32), Meeting()});
+        }
+        run_cluster();
     }
 }
 }  // namespace emulator
@@ -253,8 +391,9 @@ static void launch(u32 grid_x, u32 grid_y, u32 grid_z, u32 threads, u32 shared_b
 // As the driver has it: `arguments` point to the values.
 #define EMULATE(kernel)                                                                                              \
     static void **kernel##_arguments;                                                                               \
-    extern "C" void launch_##kernel(u32 x, u32 y, u32 z, u32 threads, u32 shared_bytes, u32 seed, void **arguments) { \
+    extern "C" void launch_##kernel(u32 x, u32 y, u32 z, u32 threads, u32 shared_bytes, u32 together, u32 seed, \
+                                    void **arguments) {                                                             \
         kernel##_arguments = arguments;                                                                             \
         emulator::body = [] { emulator::start(&kernel, kernel##_arguments); };                                      \
-        emulator::launch(x, y, z, threads, shared_bytes, seed);                                                     \
+        emulator::launch(x, y, z, threads, shared_bytes, together, seed);                                                     \
     }

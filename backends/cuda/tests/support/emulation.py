@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Argument
+from tgi_backend_cuda.native.tensor_map import TensorMap, Tiling
 
 _PRELUDE = (Path(__file__).parent / "emulated.h").read_text()
 _COMPILE = ("g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-x", "c++")
@@ -24,6 +26,7 @@ class EmulatedLauncher:
     def __init__(self, folder: Path, multiprocessors: int = 3, seed: int = 0) -> None:
         self.multiprocessors = multiprocessors
         self.shared_bytes = 227 * 1024
+        self.hopper = True
         self._folder = folder
         self._seeds = itertools.count(seed)
         self._libraries: dict[Kernel, ctypes.CDLL] = {}
@@ -35,11 +38,19 @@ class EmulatedLauncher:
         threads: int,
         shared_bytes: int,
         arguments: Sequence[Argument],
+        cluster: int = 1,
     ) -> None:
         assert shared_bytes % 16 == 0
         values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         start = getattr(self._library(kernel), f"launch_{kernel.name}")
-        start(*grid, threads, shared_bytes, next(self._seeds), values)
+        start(*grid, threads, shared_bytes, cluster, next(self._seeds), values)
+
+    def tensor_map(self, tiling: Tiling) -> TensorMap:
+        """As `emulated.h` has it."""
+        rank = len(tiling.sizes)
+        padded = (*tiling.sizes, *(0 for _ in range(4 - rank)), *tiling.strides, *(0 for _ in range(4 - rank)))
+        words = struct.pack("<9Q4I", tiling.address, rank, *padded, *tiling.box, *(1 for _ in range(4 - rank)))
+        return TensorMap.from_buffer_copy(words.ljust(ctypes.sizeof(TensorMap), b"\0"))
 
     def guarded(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of `tensor` behind whose end nothing may be read."""

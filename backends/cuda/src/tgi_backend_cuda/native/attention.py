@@ -12,6 +12,8 @@ from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Argument, Launcher, pointer
 from tgi_model_server.device import HeadNorms
 
+MAX_ROWS = 64
+"""Rows that one launch attends for."""
 _LOG2E = 1.4426950408889634
 _TILE = 16
 _MOST_SPLITS = 64
@@ -19,7 +21,7 @@ _MOST_SPLITS = 64
 
 @dataclass(frozen=True, slots=True)
 class AttentionTuning:
-    """See `attention.cu`. Measured on H200 with 400 and 8,000 keys a row."""
+    """See `attention.cu`."""
 
     warps: int = 8
     stages: int = 2
@@ -27,6 +29,17 @@ class AttentionTuning:
     """Tiles of 16 keys that make another block worth its part in the reduction."""
     blocks: int = 1
     """Blocks for each multiprocessor that a step of long sequences is divided into, at most."""
+
+
+_BY_SHARE = {1: AttentionTuning(8, 2), 2: AttentionTuning(4, 3), 3: AttentionTuning(4, 2), 4: AttentionTuning(2, 3)}
+"""By the blocks that a multiprocessor has where no row is divided: all of them run at once, and fill its memory.
+Measured on H200 with 9 to 64 rows of 640 to 4,000 keys, where others take up to twice the time.
+"""
+
+
+def tuning_for(pairs: int, multiprocessors: int) -> AttentionTuning:
+    """For so many pairs of a row and a KV head."""
+    return _BY_SHARE[min(max(_BY_SHARE), -(-pairs // multiprocessors))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +106,20 @@ class DecodeShape:
 
 
 class Attention:
-    """Starts one shape's kernels; keeps what their blocks leave each other, for rows in any number up to `max_rows`.
+    """Starts one shape's kernels; keeps what their blocks leave each other, for rows in any number up to `MAX_ROWS`.
 
     Launches on one stream only: the next one finds the counters as this one leaves them.
     """
 
-    def __init__(self, launcher: Launcher, shape: DecodeShape, max_rows: int, device: torch.device) -> None:
+    def __init__(self, launcher: Launcher, shape: DecodeShape, device: torch.device) -> None:
         self._launcher = launcher
         self._shape = shape
-        self._max_rows = max_rows
         # Fewer rows may have more splits, but never more parts than the chip has room for, and one for each pair.
-        parts = max_rows * shape.kv_heads + shape.tuning.blocks * launcher.multiprocessors
+        parts = MAX_ROWS * shape.kv_heads + shape.tuning.blocks * launcher.multiprocessors
         words = shape.group * shape.head_dim
         self._parts = torch.empty(parts * words, dtype=torch.float32, device=device)
         self._sums = torch.empty(parts * shape.group * 2, dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(max_rows * shape.kv_heads, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(MAX_ROWS * shape.kv_heads, dtype=torch.int32, device=device)
 
     def __call__(
         self,
@@ -126,7 +138,7 @@ class Attention:
         """Fill `out` [T, heads * head_dim]; see `NativeOps.rope_attention`."""
         shape = self._shape
         tokens = qkv.shape[0]
-        assert tokens <= self._max_rows
+        assert tokens <= MAX_ROWS
         assert k_pool.stride() == v_pool.stride()
         assert k_pool.stride(3) == 1
         columns = rows.page_table.shape[1]

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 
 from tgi_backend_cuda.native.compile import Kernel, build
+from tgi_backend_cuda.native.tensor_map import TensorMap, Tiling, encode
 from tgi_gateway.errors import StartError
 
-Argument = ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_uint64 | ctypes.c_float
+Argument = ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_uint64 | ctypes.c_float | TensorMap
 
 
 class Launcher(Protocol):
@@ -28,6 +29,13 @@ class Launcher(Protocol):
         """Of shared memory, that one block can have."""
         ...
 
+    @property
+    def hopper(self) -> bool:
+        """Whether kernels may use what `hopper.cuh` has."""
+        ...
+
+    def tensor_map(self, tiling: Tiling) -> TensorMap: ...
+
     def launch(
         self,
         kernel: Kernel,
@@ -35,8 +43,11 @@ class Launcher(Protocol):
         threads: int,
         shared_bytes: int,
         arguments: Sequence[Argument],
+        cluster: int = 1,
     ) -> None:
-        """Blocks of `threads` with `shared_bytes` of dynamic shared memory, in stream order."""
+        """Blocks of `threads` with `shared_bytes` of dynamic shared memory, in stream order; on Hopper perhaps in
+        clusters of some blocks along the grid's first dimension.
+        """
         ...
 
 
@@ -60,6 +71,7 @@ class CudaLauncher:
         # Code for sm_90a may use all that the chip has; from sm_100 on the plain names do.
         self._arch = f"sm_{properties.major}{properties.minor}" + ("a" if properties.major == 9 else "")
         self._overlap = overlap and properties.major >= 9
+        self.hopper = properties.major == 9
         self.multiprocessors = int(properties.multi_processor_count)
         optin = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         with torch.cuda.device(device):
@@ -79,6 +91,9 @@ class CudaLauncher:
             self._builds |= {kernel: pool.submit(build, kernel, self._arch, self._cache) for kernel in missing}
             pool.shutdown(wait=False)  # once all are done
 
+    def tensor_map(self, tiling: Tiling) -> TensorMap:
+        return encode(tiling)
+
     def launch(
         self,
         kernel: Kernel,
@@ -86,6 +101,7 @@ class CudaLauncher:
         threads: int,
         shared_bytes: int,
         arguments: Sequence[Argument],
+        cluster: int = 1,
     ) -> None:
         driver = _driver()
         function = self._functions.get(kernel) or self._load(kernel)
@@ -94,12 +110,17 @@ class CudaLauncher:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
+        names, attributes = driver.CUlaunchAttributeID, []
         if self._overlap:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        if cluster > 1:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attributes[-1].value.clusterDim
+            size.x, size.y, size.z = cluster, 1, 1
+        config.attrs, config.numAttrs = attributes, len(attributes)
         values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         _check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(values), 0), f"starting {kernel.name}")
 

@@ -95,12 +95,6 @@ DEVICE void finish(void *out, float sum, float up, Added added, u64 at) {
         ((u16 *)out)[at] = narrow(sum);
 }
 
-// Two 16-bit numbers of a row, normalized: rounded once before the norm's weight and once after it.
-DEVICE u32 scaled(u32 pair, u32 weight, float scale) {
-    const float low = widen(narrow(widen((u16)pair) * scale)), high = widen(narrow(widen((u16)(pair >> 16)) * scale));
-    return narrow2(low * widen((u16)weight), high * widen((u16)(weight >> 16)));
-}
-
 // x normalized (Zhang and Sennrich 2019) into `input`, as chunks of TOKENS rows each, zeros behind the last column.
 DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_weight, float eps, u32 columns) {
     const u32 pieces = columns / 8, all = (columns + CHUNK - 1) / CHUNK * 8;

@@ -1,4 +1,4 @@
-"""NativeOps: a decoder layer of few tokens in five launches, each reading its weights while the one before it ends.
+"""NativeOps: a decoder layer of few tokens in a few launches, each reading its weights while the one before it ends.
 
 What is read before a kernel waits for the one ahead of it in the stream: weights, page tables, lengths, and the keys
 and values of earlier tokens. So between whatever writes those and the first of these kernels there must be a kernel
@@ -11,42 +11,50 @@ from collections.abc import Iterable
 
 import torch
 
-from tgi_backend_cuda.native.attention import Attention, AttentionTuning, DecodeRows, DecodeShape
+from tgi_backend_cuda.native.attention import Attention, AttentionTuning, DecodeRows, DecodeShape, tuning_for
 from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Launcher
 from tgi_backend_cuda.native.linear import MAX_TOKENS, Epilogue, Linear, LinearTunings
+from tgi_backend_cuda.native.wide import MAX_NORMED, Normalization, Wide, WideTunings, width_for
 from tgi_model_server.device import HeadNorms
 
 DEFAULT_TUNINGS = LinearTunings()
-DEFAULT_ATTENTION = AttentionTuning()
+DEFAULT_WIDE_TUNINGS = WideTunings()
 NORMED_EPILOGUES = (Epilogue.STORE, Epilogue.STORE_FLOAT, Epilogue.GATED)
 PLAIN_EPILOGUES = (Epilogue.STORE, Epilogue.ADD)
 """Of which there are operations."""
 
 
 class NativeOps:
-    """Operations on tensors that are contiguous, for at most `MAX_TOKENS` rows; `supports` and
-    `supports_attention` say of which sizes. Results are rounded once, from float32 sums; a normalized x is rounded as
-    `reference.ReferenceOps.rms_norm` does.
+    """Operations on tensors that are contiguous: products of up to `MAX_TOKENS` rows, on Hopper of up to 64,
+    attention of up to 64; `supports` and `supports_attention` say of which sizes. Results are rounded once,
+    from float32 sums; a normalized x is rounded as `reference.ReferenceOps.rms_norm` does.
     """
 
     def __init__(
         self,
         launcher: Launcher,
         tunings: LinearTunings = DEFAULT_TUNINGS,
-        attention: AttentionTuning = DEFAULT_ATTENTION,
+        attention: AttentionTuning | None = None,
+        wide: WideTunings = DEFAULT_WIDE_TUNINGS,
     ) -> None:
+        """Attention without a tuning has the one of its size."""
         self._launcher = launcher
         self._tunings = tunings
+        self._wide = wide
         self._attention = attention
         self._attentions: dict[DecodeShape, Attention] = {}
 
-    def supports(self, tokens: int, columns: int, dtype: torch.dtype, *, normed: bool) -> bool:
-        """Whether products of x [tokens, columns] run here: few tokens, 16-bit numbers, rows of whole 16-byte pieces. A
-        normalized x must fit a block's shared memory.
+    def supports(self, tokens: int, columns: int, dtype: torch.dtype, *, normed: bool, gated: int = 0) -> bool:
+        """Whether products of x [tokens, columns] run here, and if `gated` a gated one of so many outputs: few tokens,
+        16-bit numbers, rows of whole 16-byte pieces.
         """
-        if not 1 <= tokens <= MAX_TOKENS or columns < 8 or columns % 8 or dtype not in (torch.bfloat16, torch.float16):
+        if columns < 8 or columns % 8 or dtype not in (torch.bfloat16, torch.float16):
             return False
+        if not 1 <= tokens <= MAX_TOKENS:
+            fits = width_for(tokens) is not None and gated % 8 == 0 and (not normed or columns <= MAX_NORMED)
+            return fits and self._launcher.hopper
+        # A normalized x stays in a block's shared memory.
         return all(
             self._product(tokens, columns, 1, dtype, normed, epilogue).shared_bytes <= self._launcher.shared_bytes
             for epilogue in (NORMED_EPILOGUES if normed else PLAIN_EPILOGUES)
@@ -54,19 +62,24 @@ class NativeOps:
 
     def kernels(self, dtype: torch.dtype, tokens: Iterable[int], hidden_size: int) -> list[Kernel]:
         """What a decoder starts for steps of these numbers of tokens, attention aside: for `CudaLauncher.prepare`."""
-        return [
+        few = [
             self._product(number, hidden_size, 1, dtype, normed, epilogue).kernel
             for number in tokens
             for normed, epilogues in ((True, NORMED_EPILOGUES), (False, PLAIN_EPILOGUES))
             for epilogue in epilogues
-            if self.supports(number, hidden_size, dtype, normed=normed)
+            if number <= MAX_TOKENS and self.supports(number, hidden_size, dtype, normed=normed)
         ]
+        widths = sorted({width_for(number) or 0 for number in tokens} - {0})
+        if not widths or not self.supports(widths[0], hidden_size, dtype, normed=True):
+            return few
+        wide = [self._wide_product(width, 8, 8, dtype, epilogue).kernel for width in widths for epilogue in Epilogue]
+        return [*few, Normalization(hidden_size, dtype).kernel, *wide]
 
     def attention_kernel(
-        self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, *, normed: bool
+        self, rows: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, *, normed: bool
     ) -> Kernel:
-        """What `rope_attention` starts, for every number of rows."""
-        return self._shape(heads, kv_heads, head_dim, page_size, dtype, normed).kernel
+        """What `rope_attention` starts."""
+        return self._shape(rows, heads, kv_heads, head_dim, page_size, dtype, normed).kernel
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
@@ -150,10 +163,10 @@ class NativeOps:
         assert qkv.dtype == k_pool.dtype == v_pool.dtype
         for tensor in (qkv, cos, sin, rows.page_table, rows.kv_lens, rows.cache_slots):
             assert tensor.is_contiguous()
-        shape = self._shape(heads, kv_heads, head_dim, page_size, qkv.dtype, norms is not None)
+        shape = self._shape(qkv.shape[0], heads, kv_heads, head_dim, page_size, qkv.dtype, norms is not None)
         attention = self._attentions.get(shape)
         if attention is None:
-            attention = self._attentions[shape] = Attention(self._launcher, shape, MAX_TOKENS, qkv.device)
+            attention = self._attentions[shape] = Attention(self._launcher, shape, qkv.device)
         out = _result(qkv, heads * head_dim, qkv.dtype, out)
         attention(qkv, cos, sin, k_pool, v_pool, rows, scale=scale, window=window, norms=norms, out=out)
         return out
@@ -174,8 +187,16 @@ class NativeOps:
             assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
         for tensor in (weight, bias, norm_weight):
             assert tensor is None or tensor.dtype == x.dtype
-        product = self._product(tokens, columns, out.shape[1], x.dtype, norm_weight is not None, epilogue)
-        product.start(self._launcher, x, weight, bias, out, norm_weight, eps)
+        if tokens <= MAX_TOKENS:
+            product = self._product(tokens, columns, out.shape[1], x.dtype, norm_weight is not None, epilogue)
+            product.start(self._launcher, x, weight, bias, out, norm_weight, eps)
+            return
+        if norm_weight is not None:
+            normed = torch.empty_like(x)
+            Normalization(columns, x.dtype).start(self._launcher, x, norm_weight, eps, normed)
+            x = normed
+        wide = self._wide_product(tokens, columns, out.shape[1], x.dtype, epilogue)
+        wide.start(self._launcher, x, weight, bias, out)
 
     def _product(
         self, tokens: int, columns: int, rows: int, dtype: torch.dtype, normed: bool, epilogue: Epilogue
@@ -183,10 +204,17 @@ class NativeOps:
         tuning = self._tunings.of(normed, epilogue)
         return Linear(tokens, columns, rows, dtype, normed, epilogue, tuning).fitted(self._launcher.shared_bytes)
 
+    def _wide_product(self, tokens: int, columns: int, rows: int, dtype: torch.dtype, epilogue: Epilogue) -> Wide:
+        width = width_for(tokens)
+        assert width is not None
+        wide = Wide(width, columns, rows, dtype, epilogue, self._wide.of(epilogue))
+        return wide.fitted(self._launcher.shared_bytes)
+
     def _shape(
-        self, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, normed: bool
+        self, rows: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, normed: bool
     ) -> DecodeShape:
-        shape = DecodeShape(kv_heads, heads // kv_heads, head_dim, page_size, dtype, normed, self._attention)
+        tuning = self._attention or tuning_for(rows * kv_heads, self._launcher.multiprocessors)
+        shape = DecodeShape(kv_heads, heads // kv_heads, head_dim, page_size, dtype, normed, tuning)
         return shape.fitted(self._launcher.shared_bytes)
 
 

@@ -151,3 +151,7 @@ DEVICE float power_of_2(float v) {
 }
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 DEVICE float inverse_root(float v) { return 1.0f / sqrtf(v); }
+
+#if HOPPER
+#include "hopper.cuh"
+#endif
