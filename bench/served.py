@@ -18,6 +18,8 @@ from pathlib import Path
 
 POLL_S = 0.02
 STOP_S = 60.0
+METRICS_S = 60.0
+"""A machine that is busy with other work may take long to answer."""
 _ROLES = {"tgi_gateway.launcher.engine_process": "engine", "tgi_gateway.launcher.http_process": "http"}
 _RANK = "tgi_model_server.rank"
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -70,7 +72,7 @@ class Served:
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics, those of one name added up."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=METRICS_S) as answer:
             text = answer.read().decode()
         values: dict[str, float] = {}
         for name, value in _SAMPLE.findall(text):

@@ -121,8 +121,10 @@ def create(options: EngineOptions) -> Backend:
             sampled = len(plan.sample_rows)
             self._at = (self._at + sampled) % (len(self._tokens) - sampled)
             tokens = self._tokens[self._at : self._at + sampled].tolist()
-            prompt_logprobs = {row: [NO_LOGPROB] * len(targets) for row, targets in plan.prompt_targets.items()}
-            return Output(StepResult(tokens, [NO_LOGPROB] * sampled, prompt_logprobs=prompt_logprobs), burst.ended_s)
+            result = StepResult(tokens, [NO_LOGPROB] * sampled)
+            result.prompt_logprobs = {row: [NO_LOGPROB] * len(each) for row, each in plan.prompt_targets.items()}
+            result.prompt_top = {row: [()] * len(plan.prompt_targets[row]) for row in plan.prompt_top}
+            return Output(result, burst.ended_s)
 
         def close(self) -> None:
             self._burst.tell()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +92,16 @@ def test_values_add_up_over_the_workers(exposition: str) -> None:
     ):
         assert f"\n{line}\n" in exposition
     assert re.search(r'\ntgi_key_requests\{key="[0-9a-f]{16}"\} 8\.0\n', exposition)
+
+
+def test_promtool_finds_nothing_wrong_but_the_names_that_are_tgis(exposition: str) -> None:
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("promtool is not on this machine")
+    checked = subprocess.run([found, "check", "metrics"], input=exposition, capture_output=True, text=True, check=False)
+    names = re.compile(r'tgi_\w+ (counter metrics should have "_total" suffix|.* should not have "_count" suffix)')
+    assert [line for line in checked.stderr.splitlines() if not names.fullmatch(line)] == []
+    assert not checked.stdout
 
 
 def test_the_dashboard_asks_only_for_what_exists(exposition: str) -> None:

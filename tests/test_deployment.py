@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import re
 import shlex
@@ -33,8 +34,16 @@ OTHERS_VARIABLES = {"PATH", "HUGGINGFACE_HUB_CACHE", "TRITON_CACHE_DIR", "FLASHI
 def command(name: str) -> str:
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
-        pytest.skip(f"{name} is not published for this machine")
+        pytest.skip(f"{name} is not on this machine")
     return found
+
+
+def promtool(*arguments: str) -> None:
+    """Run it in the folder of the rules; it is part of Debian's package `prometheus`."""
+    ran = subprocess.run(
+        [command("promtool"), *arguments], cwd=DOCKER / "prometheus", capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.stem)
@@ -134,6 +143,32 @@ def test_the_composed_services_find_their_files() -> None:
     assert {name.lower() for name in gateway["environment"]} <= FLAGS
     targets = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"]
     assert targets[0]["static_configs"][0]["targets"] == ["gateway:80"]
+
+
+def test_prometheus_takes_its_configuration_and_the_alert_rules() -> None:
+    promtool("check", "config", "prometheus.yaml")
+
+
+def test_every_alert_fires_and_clears() -> None:
+    tested = yaml.safe_load((DOCKER / "prometheus" / "alerts_test.yaml").read_text())["tests"]
+    rules = yaml.safe_load((DOCKER / "prometheus" / "alerts.yaml").read_text())["groups"][0]["rules"]
+    outcomes = {(case["alertname"], bool(case["exp_alerts"])) for each in tested for case in each["alert_rule_test"]}
+    for rule in rules:
+        assert (rule["alert"], True) in outcomes, rule["alert"]
+    promtool("test", "rules", "alerts_test.yaml")
+
+
+def test_prometheus_can_read_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    dashboard = json.loads((DOCKER / "grafana" / "tgi-gateway.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for variable, value in (("$__rate_interval", "1m"), ("$instance", ".*")):
+        queries = [query.replace(variable, value) for query in queries]
+    assert queries
+    assert not [query for query in queries if "$" in query]
+    rules = [{"record": f"panel:{number}", "expr": query} for number, query in enumerate(queries)]
+    file = tmp_path / "queries.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    promtool("check", "rules", str(file))
 
 
 def test_the_units_time_to_stop_is_longer_than_the_drain() -> None:

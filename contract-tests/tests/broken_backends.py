@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 
 from tgi_contract_tests import BackendContract
 from tgi_contract_tests.engine import Engine
-from tgi_contract_tests.groups.grammars import BROKEN, GRAMMARS
+from tgi_contract_tests.groups.grammars import ANYTHING, BROKEN, GRAMMARS
 from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo
 from tgi_gateway.errors import GatewayError, ValidationError
 from tgi_gateway.stepping import Row
@@ -433,6 +433,14 @@ class PromptLogprobsWithoutTheFirst(Sound):
         return super().prompt_logprobs(row)[1:]
 
 
+class PromptTopIsOneLate(Sound):
+    """Those of the token after."""
+
+    def prompt_top(self, row: Row) -> tuple[tuple[tuple[int, float], ...], ...]:
+        first, *others = super().prompt_top(row)
+        return (first, *others[1:], *others[:1])
+
+
 class StepsOverlap(Sound):
     """Emits from a new thread each time, without waiting for the one before."""
 
@@ -560,6 +568,7 @@ class ModelInfoContradictsItself(Sound):
         return replace(await super().start(emit), max_input_tokens=self.model.max_total_tokens)
 
 
+SPECIAL = 3
 KNOWN = [grammar for grammar, _ in GRAMMARS.values()]
 
 
@@ -605,6 +614,14 @@ class StopsOneTokenEarly(KnowsGrammars):
         return super().answer(grammar)[:-1]
 
 
+class WritesSpecialTokens(KnowsGrammars):
+    """Where the grammar leaves the text free, it takes a special token's text for one."""
+
+    def next_token(self, row: Row) -> Token:
+        token = super().next_token(row)
+        return replace(token, token_id=SPECIAL) if row.request.sampling.grammar in ANYTHING.values() else token
+
+
 class GeneratesBeforeItCompiles(KnowsGrammars):
     """Finds out in the middle of the answer that the grammar is broken."""
 
@@ -638,6 +655,9 @@ class _Contract(BackendContract):
 
     def text_of(self, token_ids: Iterable[int]) -> str:
         return "".join(chr(token) for token in token_ids if token != 2)
+
+    def special_ids(self) -> Sequence[int]:
+        return (2, SPECIAL)
 
     def tokenizer_files(self, engine: Engine, folder: Path) -> Path:
         if not self.defect.through_http:

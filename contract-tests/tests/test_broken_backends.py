@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tgi_contract_tests.groups.grammars import ANYTHING, GRAMMARS
 from tgi_contract_tests.groups.grammars import BROKEN as BROKEN_GRAMMARS
-from tgi_contract_tests.groups.grammars import GRAMMARS
 
 BROKEN = Path(__file__).with_name("broken_backends.py")
 CAUGHT_BY: dict[str, tuple[str, ...]] = {
@@ -55,6 +55,8 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
         "test_the_longest_prompt_is_served",
         "test_prompt_logprobs_are_one_per_token",
         "test_prompt_logprobs_repeat_those_of_generation",
+        "test_top_tokens_of_a_prompt_agree_with_its_logprobs",
+        "test_top_tokens_of_a_prompt_repeat_those_of_generation",
         "test_logprobs_do_not_depend_on_how_the_token_is_chosen",
     ),
     "TokenAfterTheEnding": ("test_no_token_follows_the_ending",),
@@ -99,6 +101,7 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "IgnoresWhatItLacks": (
         "test_an_undeclared_feature_is_refused[top_k]",
         "test_an_undeclared_feature_is_refused[prefill_logprobs]",
+        "test_an_undeclared_feature_is_refused[prefill_top_n_tokens]",
     ),
     "BadRequestsFailTheBatch": ("test_a_bad_request_leaves_its_neighbours_alone",),
     "RaisesFromSubmit": ("test_an_empty_prompt_is_refused", "test_a_bad_request_leaves_its_neighbours_alone"),
@@ -131,13 +134,19 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
         "test_the_greedy_token_is_the_most_likely",
         "test_prompt_logprobs_repeat_those_of_generation",
     ),
-    "PromptLogprobsWithoutTheFirst": ("test_prompt_logprobs_are_one_per_token",),
+    "PromptLogprobsWithoutTheFirst": (
+        "test_prompt_logprobs_are_one_per_token",
+        "test_top_tokens_of_a_prompt_agree_with_its_logprobs",
+    ),
+    "PromptTopIsOneLate": ("test_top_tokens_of_a_prompt_repeat_those_of_generation",),
     "KnowsGrammars": (),
     "IgnoresGrammars": (
+        *(f"test_no_special_token_is_part_of_a_constrained_answer[{kind}]" for kind in ANYTHING),
         *(f"test_an_answer_holds_to_its_grammar[{kind}]" for kind in GRAMMARS),
         "test_grammars_share_a_batch_with_free_requests",
         *(f"test_a_broken_grammar_fails_its_own_request[{grammar.kind}]" for grammar in BROKEN_GRAMMARS),
     ),
+    "WritesSpecialTokens": tuple(f"test_no_special_token_is_part_of_a_constrained_answer[{kind}]" for kind in ANYTHING),
     "StopsOneTokenEarly": (
         *(f"test_an_answer_holds_to_its_grammar[{kind}]" for kind in GRAMMARS),
         "test_grammars_share_a_batch_with_free_requests",
@@ -153,6 +162,7 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
         "test_model_info_is_sane",
         "test_the_longest_prompt_is_served",
         "test_prompt_logprobs_are_one_per_token",
+        "test_top_tokens_of_a_prompt_agree_with_its_logprobs",
     ),
 }
 SIDE_EFFECTS: dict[str, tuple[str, ...]] = {

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tgi_gateway.testing.worker import FIRST_BYTE, Worker, error_text
+from tgi_gateway.testing.echo import ECHO_CAPABILITIES, EchoBackend
+from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, error_text
 
 COMPLETIONS = "/v1/completions"
 
@@ -138,7 +140,8 @@ async def test_best_of_returns_the_likeliest_in_order(start_worker: Callable[...
     assert best["usage"]["completion_tokens"] == 2 * 8 * 12
     assert "`best_of` must be <= 8" in await worker.error(COMPLETIONS, wanted | {"best_of": 9})
     assert "`best_of` must be >= `n`" in await worker.error(COMPLETIONS, wanted | {"n": 3, "best_of": 2})
-    assert "streaming" in await worker.error(COMPLETIONS, wanted | {"best_of": 2, "stream": True}, 400)
+    refused = await worker.error(COMPLETIONS, wanted | {"best_of": 2, "stream": True}, 400)
+    assert "`best_of` (2) above `n` (1) cannot be streamed, as at OpenAI" in refused
 
 
 async def test_echo_with_logprobs_scores_the_prompt(start_worker: Callable[..., Any]) -> None:
@@ -150,8 +153,76 @@ async def test_echo_with_logprobs_scores_the_prompt(start_worker: Callable[..., 
     assert told["text_offset"] == [0, 1, 2, 3, 4]
     assert told["token_logprobs"][0] is None
     assert all(value < 0 for value in told["token_logprobs"][1:])
-    for refused in ({"logprobs": 1}, {"logprobs": 0, "stream": True}):
-        assert "is not supported" in await worker.error(COMPLETIONS, body(echo=True, **refused), 400)
+    assert told["top_logprobs"] is None
+
+
+async def test_echo_with_logprobs_tells_the_prompts_alternatives(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(enable_prefill_logprobs=True)
+    wanted = body("aba", max_tokens=2, echo=True, logprobs=2)
+    (choice,) = (await worker.answer(COMPLETIONS, wanted))["choices"]
+    told = choice["logprobs"]
+    first, *others = told["top_logprobs"]
+    assert first is None
+    # An echo expects an "a" after each "a" of the prompt; "b" is the next likely, and what is there comes in any case.
+    assert [list(each) for each in others] == [["a", "b"], ["a", "b"], ["a", "b"], ["b", "c"]]
+    for token, value, top in zip(told["tokens"][1:], told["token_logprobs"][1:], others, strict=True):
+        assert top[token] == value
+    events = (await worker.events(COMPLETIONS, wanted | {"stream": True}))[:-1]
+    assert [texts(event) for event in events] == [["aba"], ["a"], ["b"]]
+    for name, values in told.items():
+        streamed = [event["choices"][0]["logprobs"][name] for event in events]
+        assert [value for part in streamed for value in part] == values
+
+
+async def test_a_token_that_is_there_is_told_beside_the_likeliest(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(enable_prefill_logprobs=True)
+    (choice,) = (await worker.answer(COMPLETIONS, body("ac", max_tokens=1, echo=True, logprobs=1)))["choices"]
+    assert [list(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [["a", "c"], ["a"]]
+
+
+async def test_too_many_alternatives_of_a_prompt_are_refused(
+    start_worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_gateway.prompt.validate.MAX_PROMPT_ALTERNATIVES", 100)
+    worker: Worker = await start_worker(enable_prefill_logprobs=True)
+    await worker.answer(COMPLETIONS, body("x" * 20, max_tokens=0, echo=True, logprobs=5))
+    refused = await worker.error(COMPLETIONS, body("x" * 21, max_tokens=0, echo=True, logprobs=5))
+    assert "5 alternatives of each of 21 prompt tokens are 105; allowed are 100" in refused
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [("prefill_logprobs", "no log-probabilities of prompts"), ("prefill_top_n_tokens", "no alternatives of a prompt")],
+)
+async def test_an_engine_that_cannot_score_prompts_says_so(
+    start_worker: Callable[..., Any], lacking: str, message: str
+) -> None:
+    able = replace(ECHO_CAPABILITIES, features=ECHO_CAPABILITIES.features - {lacking})
+    worker: Worker = await start_worker(EchoBackend(byte_toy(), capabilities=able), enable_prefill_logprobs=True)
+    assert message in await worker.error(COMPLETIONS, body(echo=True, logprobs=1), 400)
+
+
+async def test_max_tokens_zero_scores_the_prompt_and_writes_nothing(start_worker: Callable[..., Any]) -> None:
+    worker: Worker = await start_worker(enable_prefill_logprobs=True)
+    wanted = body("ab</s>", max_tokens=0, echo=True, logprobs=1)
+    answer = await worker.answer(COMPLETIONS, wanted)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("ab</s>", "length")
+    assert choice["logprobs"]["tokens"] == ["a", "b", "</s>"]
+    assert [len(values) for values in choice["logprobs"].values()] == [3, 3, 3, 3]
+    assert (answer["usage"]["completion_tokens"], answer["usage"]["total_tokens"]) == (0, 3)
+    events = (await worker.events(COMPLETIONS, wanted | {"stream": True}))[:-1]
+    assert [texts(event) for event in events] == [["ab</s>"], [""]]
+    assert events[0]["choices"][0]["logprobs"] == choice["logprobs"]
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert events[-1]["usage"]["completion_tokens"] == 0
+
+
+async def test_max_tokens_zero_is_an_empty_answer_without_echo(worker: Worker) -> None:
+    answer = await worker.answer(COMPLETIONS, body(["a", "</s>"], max_tokens=0))
+    assert texts(answer) == ["", ""]
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
+    assert "`min_tokens` must be <= `max_tokens`" in await worker.error(COMPLETIONS, body(max_tokens=0, min_tokens=1))
 
 
 async def test_echo_with_logprobs_says_which_flag_it_needs(worker: Worker) -> None:

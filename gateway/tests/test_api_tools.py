@@ -111,9 +111,27 @@ async def test_a_call_that_is_cut_short_says_so(says: Callable[..., Any]) -> Non
 async def test_only_one_call_where_several_are_not_wanted(says: Callable[..., Any]) -> None:
     worker: Worker = await says(TWO)
     answer = await worker.answer(CHAT, body(parallel_tool_calls=False))
-    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
-    message, _ = put_together(await worker.events(CHAT, body(parallel_tool_calls=False, stream=True)))
-    assert len(message["tool_calls"]) == 1
+    (choice,) = answer["choices"]
+    assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (1, "tool_calls")
+    assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Zürich 🙂"}
+    events = await worker.events(
+        CHAT, body(parallel_tool_calls=False, stream=True, stream_options={"include_usage": True})
+    )
+    usage = events.pop(-2)["usage"]
+    message, reason = put_together(events)
+    for call in (*message["tool_calls"], *choice["message"]["tool_calls"]):
+        del call["id"]
+    assert (message, reason) == (choice["message"], "tool_calls")
+    # Nobody waits for what the model would go on to say.
+    for told in (usage, answer["usage"]):
+        assert told["completion_tokens"] < len(TWO[: TWO.index("add")].encode())
+    assert worker.services.backend.capacity().free_sequences == worker.services.info.max_sequences
+
+
+async def test_an_answer_in_words_goes_on_where_several_calls_are_not_wanted(says: Callable[..., Any]) -> None:
+    worker: Worker = await says("Nothing {to} call.")
+    (choice,) = (await worker.answer(CHAT, body(parallel_tool_calls=False)))["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Nothing {to} call.", "stop")
 
 
 async def test_none_leaves_the_tools_out(says: Callable[..., Any]) -> None:

@@ -160,6 +160,7 @@ requests = st.builds(
     logprobs=st.booleans(),
     top_n_tokens=counts,
     prefill_logprobs=st.booleans(),
+    prefill_top_n_tokens=counts,
     adapter_id=st.none() | st.text(),
     cache_salt=st.text(),
     name=st.text(),
@@ -172,7 +173,17 @@ usages = st.builds(Usage, counts, counts, counts)
 steps = st.builds(
     lambda tokens, finished, failed: StepEvents.pack([*tokens, *finished, *failed]),
     st.lists(st.builds(Token, request_ids, token_ids, numbers, tops)),
-    st.lists(st.builds(Finished, request_ids, reasons, usages, numbers, st.lists(numbers).map(tuple))),
+    st.lists(
+        st.builds(
+            Finished,
+            request_ids,
+            reasons,
+            usages,
+            numbers,
+            st.lists(numbers).map(tuple),
+            st.lists(tops, max_size=3).map(tuple),
+        )
+    ),
     st.lists(st.builds(Failed, request_ids, st.text(), st.text())),
 )
 

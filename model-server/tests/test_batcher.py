@@ -59,7 +59,9 @@ def planned(batcher: Batcher) -> Step:
 def finish(batcher: Batcher, step: Step, token: int = 7) -> StepEvents:
     rows = len(step.sampled)
     targets = {row: [-1.0] * len(wanted) for row, wanted in step.plan.prompt_targets.items()}
-    batcher.complete(step, StepResult([token] * rows, [0.0] * rows, prompt_logprobs=targets))
+    result = StepResult([token] * rows, [0.0] * rows, prompt_logprobs=targets)
+    result.prompt_top = {row: [((9, -1.0),)] * len(targets[row]) for row in step.plan.prompt_top}
+    batcher.complete(step, result)
     batcher.check()
     return batcher.take_events()
 
@@ -232,15 +234,16 @@ def test_prompt_logprobs_start_anew_when_a_prefill_is_preempted() -> None:
     batcher, _ = make(num_pages=1 + 21, max_step_tokens=3)
     add(batcher, 1, [11] * 3, new=60)
     finish(batcher, planned(batcher))
-    add(batcher, 2, [12] * 60, prefill_logprobs=True, new=2)
+    add(batcher, 2, [12] * 60, prefill_logprobs=True, prefill_top_n_tokens=1, new=2)
     while not batcher.stats.preemptions:
         finish(batcher, planned(batcher))
     (younger,) = (sequence for sequence in batcher if sequence.state == "waiting")
     assert 1 < len(younger.prompt_logprobs) < 60
     told = []
     while batcher.running or batcher.waiting:
-        told += [len(end.prefill_logprobs) for end in finish(batcher, planned(batcher)).finished]
-    assert told == [0, 60]
+        ended = finish(batcher, planned(batcher)).finished
+        told += [(len(end.prefill_logprobs), len(end.prefill_top)) for end in ended]
+    assert told == [(0, 0), (60, 60)]
 
 
 def test_pages_on_their_way_back_are_waited_for_before_another_is_preempted() -> None:

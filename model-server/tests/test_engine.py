@@ -153,11 +153,12 @@ def test_pages_fill_the_memory_that_is_free_but_no_more_than_all_sequences_need(
 def test_the_pool_takes_what_the_largest_steps_leave(folder: Path) -> None:
     device = MeasuredDevice(memory_bytes=4 << 20, step_bytes=1 << 20)
     engine = load(folder, device, max_batch_size=32, max_batch_prefill_tokens=300)
-    mixed, decode = device.measured
+    mixed, decode, alike = device.measured
     assert (len(mixed.slots), mixed.num_tokens, max(mixed.kv_lens)) == (32, 332, 256)
     assert (len(decode.slots), decode.num_tokens, decode.is_decode) == (32, 32, True)
-    for plan in (mixed, decode):
-        assert plan.sample_rows == plan.slots == list(range(32))
+    assert (alike.query_lens, alike.kv_lens) == ([16] * 8, [256] * 8)
+    for plan in device.measured:
+        assert plan.sample_rows == plan.slots == list(range(len(plan.kv_lens)))
         assert [len(pages) for pages in plan.pages] == [-(-length // 4) for length in plan.kv_lens]
     each = page_bytes(3, device.layout, engine._shape)
     assert engine.num_pages == (int((4 << 20) * 0.99) - (1 << 20)) // each
@@ -188,7 +189,8 @@ class Capturing(MeasuredDevice):
 def test_what_captured_steps_keep_is_counted_besides(folder: Path) -> None:
     device = Capturing(memory_bytes=4 << 20, step_bytes=1 << 20)
     engine = load(folder, device, max_batch_size=32, max_batch_prefill_tokens=300)
-    assert [(len(plan.slots), plan.num_tokens) for plan in device.measured] == [(32, 332), (32, 32), (4, 4), (4, 4)]
+    sizes = [(len(plan.slots), plan.num_tokens) for plan in device.measured]
+    assert sizes == [(32, 332), (32, 32), (8, 128), (4, 4), (4, 4), (1, 4)]
     assert engine.num_pages == (int((4 << 20) * 0.99) - (2 << 20)) // page_bytes(3, device.layout, engine._shape)
 
 

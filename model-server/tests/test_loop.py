@@ -20,7 +20,7 @@ from tgi_model_server.loop import StepLoop
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.plan_wire import PlanDecoder, PlanEncoder
 from tgi_model_server.step import DeviceLost, StepOutput
-from tgi_model_server.testing.runner import ToyRunner, toy_answer
+from tgi_model_server.testing.runner import ToyRunner, most_likely, toy_answer
 
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
 
@@ -131,7 +131,8 @@ def random_requests(draw: random.Random, count: int, largest: int) -> list[Reque
                 sampling=SamplingParams(do_sample=draw.random() < 0.5, seed=draw.randrange(1000)),
                 logprobs=draw.random() < 0.5,
                 top_n_tokens=draw.choice([0, 0, 2]),
-                prefill_logprobs=draw.random() < 0.2,
+                prefill_logprobs=(scored := draw.random() < 0.2),
+                prefill_top_n_tokens=draw.choice([0, 3]) if scored else 0,
                 cache_salt=draw.choice(["", "", "salt"]),
                 priority=draw.choice([0, 0, 1]),
             )
@@ -199,6 +200,10 @@ def test_random_workloads_give_every_request_its_own_answer(depth: int, seed: in
             assert end.prefill_logprobs[1:] == tuple(-1.0 - token / 8 for token in asked.input_ids[1:])
         else:
             assert end.prefill_logprobs == ()
+        if asked.prefill_top_n_tokens:
+            assert end.prefill_top == ((), *(most_likely(token, 3) for token in asked.input_ids[1:]))
+        else:
+            assert end.prefill_top == ()
     assert loop.batcher.available_pages == runner.num_pages - 1
     assert loop.load.available_pages == runner.num_pages - 1
 

@@ -119,7 +119,7 @@ async def test_two_ranks_say_what_one_says(folder: Path, device: Callable[[], De
         greedy(50 + n, prompt, 16, sampling=replace(params, seed=n), logprobs=True, top_n_tokens=n)
         for n, prompt in enumerate(prompts(4))
     ]
-    scored = greedy(70, prompts(1)[0], 2, prefill_logprobs=True)
+    scored = greedy(70, prompts(1)[0], 2, prefill_logprobs=True, prefill_top_n_tokens=3)
     tokens, scores, others = [], [], []
     for ranks in (1, 2):
         # Prompts come in chunks, and the pool is far too small for all.
@@ -143,7 +143,7 @@ async def test_two_ranks_say_what_one_says(folder: Path, device: Callable[[], De
             told = client.ends[70]
             assert isinstance(told, Finished)
             scores.append([score for request in drawn for score in client.scores[request.request_id]])
-            others.append(told.prefill_logprobs[1:])
+            others.append([*told.prefill_logprobs[1:], *(value for top in told.prefill_top for _, value in top)])
             await client.backend.health()
     assert tokens[0] == tokens[1]
     assert scores[1] == pytest.approx(scores[0], abs=1e-3)

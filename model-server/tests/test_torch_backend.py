@@ -130,17 +130,24 @@ async def test_sampled_tokens_do_not_depend_on_batch_cache_or_preemption(
 
 async def test_prompt_logprobs_survive_chunks_and_a_warm_cache(folder: Path) -> None:
     prompt = prompts(1)[0]
-    told = []
+    told, tops = [], []
     async with serving(folder, ReferenceDevice, max_batch_size=2, max_batch_prefill_tokens=16) as client:
         for request_id in (1, 2):
-            await client.run(greedy(request_id, prompt, 2, prefill_logprobs=True))
+            await client.run(greedy(request_id, prompt, 2, prefill_logprobs=True, prefill_top_n_tokens=3))
             end = client.finished(request_id)
             assert end.usage.cached_tokens == 0
             assert len(end.prefill_logprobs) == len(prompt)
             assert math.isnan(end.prefill_logprobs[0])
+            assert end.prefill_top[0] == ()
+            assert len(end.prefill_top) == len(prompt)
             told.append(end.prefill_logprobs[1:])
+            tops.append([dict(top) for top in end.prefill_top[1:]])
     assert all(value < 0 for value in told[0])
     assert told[1] == pytest.approx(told[0], abs=1e-4)
+    for token, logprob, one, other in zip(prompt[1:], told[0], *tops, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+        assert list(one.values()) == sorted(one.values(), reverse=True)
+        assert logprob == pytest.approx(one[token], abs=1e-4) if token in one else logprob < min(one.values())
 
 
 async def test_limits_come_from_the_pool_and_the_model(folder: Path) -> None:

@@ -78,12 +78,12 @@ async def test_log_probabilities_are_those_of_the_torch_engine(demo_gguf: Path) 
 
     prompt = ask("Once upon a time there was a little girl who lived in a house near the wood. She had a red ball and")
     async with serving(demo_gguf) as client:
-        ours = await client.run(greedy(1, prompt, 8, prefill_logprobs=True))
+        ours = await client.run(greedy(1, prompt, 8, prefill_logprobs=True, prefill_top_n_tokens=3))
         end = client.ends[1]
     torch_backend = TorchBackend(lambda: CpuDevice(threads=1), options(demo_model(), extra={}), CAPABILITIES)
     other = Client(torch_backend)
     other.info = await torch_backend.start(other.emit)
-    theirs = await other.run(greedy(1, prompt, 8, prefill_logprobs=True))
+    theirs = await other.run(greedy(1, prompt, 8, prefill_logprobs=True, prefill_top_n_tokens=3))
     await torch_backend.stop(0.0)
     assert ours == theirs
     assert client.scores[1] == pytest.approx(other.scores[1], abs=0.05)
@@ -92,6 +92,9 @@ async def test_log_probabilities_are_those_of_the_torch_engine(demo_gguf: Path) 
     assert isinstance(expected, Finished)
     assert math.isnan(end.prefill_logprobs[0])
     assert end.prefill_logprobs[1:] == pytest.approx(expected.prefill_logprobs[1:], abs=0.1)
+    tops = [[[value for _, value in top] for top in told.prefill_top] for told in (end, expected)]
+    assert tops[0] == [pytest.approx(top, abs=0.1) for top in tops[1]]
+    assert [top[0][0] for top in end.prefill_top[1:]] == [top[0][0] for top in expected.prefill_top[1:]]
 
 
 async def test_more_requests_than_the_cache_holds_are_preempted_and_answered(demo_gguf: Path) -> None:

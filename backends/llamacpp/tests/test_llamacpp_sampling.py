@@ -83,3 +83,21 @@ def test_tokens_and_scores_are_those_of_the_torch_sampler() -> None:
         assert expected.top_ids is not None
         for row, top in result.top.items():
             assert [token for token, _ in top] == expected.top_ids[row, : len(top)].tolist()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_ends_its_own_request_alone(value: float) -> None:
+    sampler = Sampler(50, [0])
+    for slot, sampling in enumerate([SamplingParams(), SamplingParams(do_sample=True, seed=1), SamplingParams()]):
+        sampler.admit(slot, Request(slot, (1,), sampling, StopRules(9), logprobs=True), [], None)
+    rows = np.stack([logits(row, 50) for row in range(3)])
+    rows[0, 7] = rows[1, 8] = value
+    plan = StepPlan(
+        slots=[0, 1, 2], query_lens=[1] * 3, kv_lens=[2] * 3, pages=[[1], [2], [3]], token_ids=[1] * 3,
+        sample_rows=[0, 1, 2], allow_eos=[True] * 3, output_lens=[0] * 3,
+    )  # fmt: skip
+    result = sampler.sample(rows, plan, None)
+    assert sorted(result.endings) == [0, 1]
+    assert len(result.logprobs) == 3
+    assert result.token_ids[2] == int(rows[2].argmax())
+    assert np.isfinite(result.logprobs[2])

@@ -68,7 +68,8 @@ def test_random_traffic_answers_as_if_each_request_were_alone(seed: int) -> None
             rng.randrange(1, 25),
             seed=rng.choice([None, number]),
             cache_salt=rng.choice(["", "", "other"]),
-            prefill_logprobs=rng.random() < 0.2,
+            prefill_logprobs=(scored := rng.random() < 0.2),
+            prefill_top_n_tokens=rng.choice([0, 2]) if scored else 0,
         )
         asked.append(one)
         served.loop.submit(one)

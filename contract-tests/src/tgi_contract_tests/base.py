@@ -63,6 +63,11 @@ class ContractBase(KnownFailures):
             pytest.skip("the model has no tokenizer.json, and the class under test does not override `text_of`")
         return Tokenizer.from_folder(folder).decode(list(token_ids))
 
+    def special_ids(self) -> Sequence[int]:
+        """Token ids that are no text, by the model's tokenizer. Override for a model without one."""
+        folder = self.tokenizer_folder()
+        return () if folder is None else sorted(Tokenizer.from_folder(folder).special_texts)
+
     def tokenizer_folder(self) -> Path | None:
         """Where the model's tokenizer.json lies: in its folder, or where the plug-in's `prepare` writes it."""
         if self.model is None:

@@ -34,6 +34,7 @@ Feature = Literal[
     "logprobs",
     "top_n_tokens",
     "prefill_logprobs",
+    "prefill_top_n_tokens",
     "ignore_eos",
     "min_new_tokens",
     "stop_token_ids",
@@ -293,6 +294,7 @@ def required_features(request: Request) -> set[Feature]:
         "grammar": sampling.grammar is not None,
         "top_n_tokens": request.top_n_tokens > 0,
         "prefill_logprobs": request.prefill_logprobs,
+        "prefill_top_n_tokens": request.prefill_top_n_tokens > 0,
         "ignore_eos": stop.ignore_eos,
         "min_new_tokens": stop.min_new_tokens > 0,
         "stop_token_ids": bool(stop.stop_token_ids),
@@ -306,10 +308,12 @@ def refuse_unsupported(request: Request, capabilities: Capabilities) -> None:
     lacking = sorted(required_features(request) - capabilities.features)
     if lacking:
         raise Unsupported(f"this engine does not support {', '.join(f'`{name}`' for name in lacking)}")
-    if request.top_n_tokens > capabilities.max_top_n_tokens:
-        raise Unsupported(
-            f"`top_n_tokens` is {request.top_n_tokens}; this engine reports at most {capabilities.max_top_n_tokens}"
-        )
+    for name, wanted in (
+        ("top_n_tokens", request.top_n_tokens),
+        ("prefill_top_n_tokens", request.prefill_top_n_tokens),
+    ):
+        if wanted > capabilities.max_top_n_tokens:
+            raise Unsupported(f"`{name}` is {wanted}; this engine reports at most {capabilities.max_top_n_tokens}")
 
 
 def check_request(request: Request, capabilities: Capabilities, model: ModelInfo) -> None:
@@ -326,6 +330,8 @@ def check_request(request: Request, capabilities: Capabilities, model: ModelInfo
     limit = min(model.max_total_tokens, model.max_batch_total_tokens)
     if prompt + new > limit:
         raise ValidationError(f"prompt ({prompt}) and `max_new_tokens` ({new}) exceed {limit} tokens")
+    if request.prefill_top_n_tokens and not request.prefill_logprobs:
+        raise ValidationError("`prefill_top_n_tokens` comes with `prefill_logprobs` only")
     if request.sampling.do_sample and not request.sampling.temperature > 0:
         raise ValidationError(f"`temperature` is {request.sampling.temperature}; it must be above 0")
     if model.unknown_token(request.input_ids) is not None:

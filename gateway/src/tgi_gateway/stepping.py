@@ -109,6 +109,10 @@ class SteppingBackend(Backend):
         """What `Request.prefill_logprobs` asks for, once the row has output."""
         return ()
 
+    def prompt_top(self, row: Row) -> tuple[tuple[tuple[int, float], ...], ...]:  # noqa: ARG002
+        """What `Request.prefill_top_n_tokens` asks for, once the row has output."""
+        return ()
+
     # Any thread.
 
     @property
@@ -318,8 +322,9 @@ class SteppingBackend(Backend):
     def _finished(self, row: Row, reason: FinishReason) -> Finished:
         # Whoever cancels after a stop string still wants what is known by then.
         known = self.prompt_logprobs(row) if row.output and row.request.prefill_logprobs else ()
+        top = self.prompt_top(row) if row.output and row.request.prefill_top_n_tokens else ()
         queue_s = (row.started_at or time.monotonic()) - row.submitted_at
-        return Finished(row.request.request_id, reason, row.usage, queue_s, known)
+        return Finished(row.request.request_id, reason, row.usage, queue_s, known, top)
 
     def _fail(self, request_ids: list[int], error: GatewayError) -> None:
         if request_ids:

@@ -118,6 +118,9 @@ class Request:
     top_n_tokens: int = 0
     """Report the so many most likely tokens beside each token."""
     prefill_logprobs: bool = False
+    """Whether the log-probabilities of the prompt's tokens are wanted, each after those before it."""
+    prefill_top_n_tokens: int = 0
+    """With `prefill_logprobs`: report the so many most likely tokens beside each of the prompt's tokens."""
     adapter_id: str | None = None
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
@@ -162,6 +165,8 @@ class Finished:
     """Seconds from submission to the first step that ran it."""
     prefill_logprobs: tuple[float, ...] = ()
     """One per prompt token, the first `NO_LOGPROB`; empty unless asked for."""
+    prefill_top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """One per prompt token, most likely first, of the first none; empty unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,6 +235,8 @@ class Batcher:
         self._completed = step.number
         for row in step.plan.prompt_targets:
             step.rows[row].prompt_logprobs.extend(result.prompt_logprobs[row])
+        for row in step.plan.prompt_top:
+            step.rows[row].prompt_top.extend(result.prompt_top[row])
         events = self._events
         request_ids, token_ids, logprobs = events.request_ids, events.token_ids, events.logprobs
         ended: list[tuple[Sequence, FinishReason | GatewayError]] = []
@@ -390,6 +392,8 @@ class Batcher:
         plan.token_ids.extend(sequence.tokens[start:end])
         if sequence.wants_prompt_logprobs and start + 1 < prompt_len:
             plan.prompt_targets[row] = sequence.tokens[start + 1 : min(end + 1, prompt_len)].tolist()
+            if sequence.request.prefill_top_n_tokens:
+                plan.prompt_top[row] = sequence.request.prefill_top_n_tokens
         if end == length:
             step.sampled.append(sequence)
             plan.sample_rows.append(row)

@@ -38,4 +38,5 @@ def pad_plan(plan: StepPlan, bucket: Bucket, page_size: int) -> StepPlan:
         allow_eos=plan.allow_eos,
         output_lens=plan.output_lens,
         prompt_targets=plan.prompt_targets,
+        prompt_top=plan.prompt_top,
     )

@@ -136,8 +136,8 @@ class Engine:
                 masks = pending() if pending is not None else None
             rows = len(plan.sample_rows)
             sampled = self._sampler.sample(logits[:rows], plan, masks) if rows and self._sampler is not None else None
-            prompt_logprobs = self._prompt_logprobs(plan, hidden)
-            output = EngineOutput(rows, sampled, prompt_logprobs, {} if masks is None else masks.endings)
+            scores = self._prompt_scores(plan, hidden)
+            output = EngineOutput(rows, sampled, scores, {} if masks is None else masks.endings)
             if masks is not None and self._sampler is not None:
                 self._sampler.sampled(plan, output)
             return output
@@ -180,20 +180,25 @@ class Engine:
         ids = torch.where(step.input_ids == PREVIOUS_TOKEN, previous, step.input_ids)
         return replace(step, input_ids=ids, slots=None)
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Row -> float32 [targets], log-probabilities of the prompt tokens that follow."""
-        out: dict[int, torch.Tensor] = {}
+    def _prompt_scores(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[HostCopy]]:
+        """Row -> on their way to the host, float32 [targets], log-probabilities of the prompt tokens that follow; and
+        where they are wanted the most likely tokens' int64 ids and float32 log-probabilities [targets, wanted]."""
+        out: dict[int, list[HostCopy]] = {}
         starts = [0]
         for query_len in plan.query_lens:
             starts.append(starts[-1] + query_len)
         for row, targets in plan.prompt_targets.items():
-            parts = []
+            parts: list[tuple[torch.Tensor, ...]] = []
+            top = min(plan.prompt_top.get(row, 0), self.vocab_size)
             for begin in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
                 wanted = self._tensor(targets[begin : begin + _PROMPT_LOGPROB_ROWS])
                 first = starts[row] + begin
                 logits = self._model.logits(hidden[first : first + wanted.shape[0]])
-                parts.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
-            out[row] = torch.cat(parts) if parts else torch.empty(0)
+                whole = logits.logsumexp(-1, keepdim=True)
+                logprobs = (logits.gather(1, wanted[:, None]) - whole)[:, 0]
+                best = logits.topk(top, dim=-1) if top else None
+                parts.append((logprobs,) if best is None else (logprobs, best.indices, best.values - whole))
+            out[row] = [HostCopy(torch.cat(each)) for each in zip(*parts, strict=True)]
         return out
 
     def _capture(self, buckets: Sequence[Bucket]) -> dict[Bucket, _Captured]:
@@ -230,7 +235,7 @@ class EngineOutput:
         self,
         rows: int,
         sampled: Sampled | None,
-        prompt_logprobs: dict[int, torch.Tensor],
+        prompt_scores: dict[int, list[HostCopy]],
         endings: dict[int, FinishReason | GatewayError],
     ) -> None:
         self._rows = rows
@@ -241,7 +246,7 @@ class EngineOutput:
             for each in ((sampled.logprobs, sampled.top_ids, sampled.top_logprobs) if sampled is not None else ())
             if each is not None
         ]
-        self._prompt_logprobs = {row: HostCopy(values) for row, values in prompt_logprobs.items()}
+        self._prompt_scores = prompt_scores
         self._endings = endings
         self._result: StepResult | None = None
 
@@ -251,12 +256,17 @@ class EngineOutput:
         return self._result
 
     def _read(self) -> StepResult:
-        prompt_logprobs = {row: values.wait().tolist() for row, values in self._prompt_logprobs.items()}
+        result = StepResult([], [], endings=self._endings)
+        for row, told in self._prompt_scores.items():
+            logprobs, *top = (each.wait().tolist() for each in told)
+            result.prompt_logprobs[row] = logprobs
+            if top:
+                result.prompt_top[row] = [tuple(zip(*pair, strict=True)) for pair in zip(*top, strict=True)]
         sampled = self._sampled
         if sampled is None or self._tokens is None:
-            return StepResult([], [], prompt_logprobs=prompt_logprobs)
-        tokens: list[int] = self._tokens.wait().tolist()
-        result = StepResult(tokens, [NO_LOGPROB] * self._rows, prompt_logprobs=prompt_logprobs, endings=self._endings)
+            return result
+        result.token_ids = self._tokens.wait().tolist()
+        result.logprobs = [NO_LOGPROB] * self._rows
         scores = [each.wait().tolist() for each in self._scores]
         if scores:
             for index, value in zip(sampled.scored, scores[0], strict=True):

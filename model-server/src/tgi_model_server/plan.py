@@ -39,6 +39,8 @@ class StepPlan:
     prompt_targets: dict[int, list[int]] = field(default_factory=dict)
     """Row -> the tokens that follow its new tokens in the prompt, where prompt log-probabilities are wanted:
     ``query_len`` of them, or one fewer in the chunk that ends the prompt."""
+    prompt_top: dict[int, int] = field(default_factory=dict)
+    """Row of `prompt_targets` -> how many most likely tokens are wanted beside each target."""
 
     @property
     def num_tokens(self) -> int:
@@ -75,5 +77,7 @@ class StepResult:
     """Index into `token_ids` -> most likely tokens with log-probabilities, most likely first."""
     prompt_logprobs: dict[int, list[float]] = field(default_factory=dict)
     """Row -> log-probabilities of `StepPlan.prompt_targets`."""
+    prompt_top: dict[int, list[tuple[tuple[int, float], ...]]] = field(default_factory=dict)
+    """Row of `StepPlan.prompt_top` -> for each target the most likely tokens, most likely first."""
     endings: dict[int, FinishReason | GatewayError] = field(default_factory=dict)
     """Index into `token_ids` -> how that row's request ends here; its token counts for nothing."""

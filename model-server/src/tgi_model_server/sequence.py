@@ -62,6 +62,8 @@ class Sequence:
     """Prompt tokens that came from the prefix cache when the sequence first ran."""
     prompt_logprobs: list[float] = field(default_factory=list)
     """Of the prompt's tokens so far, the first `NO_LOGPROB`."""
+    prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """Where they are wanted: the most likely tokens beside each of these, for the first none."""
 
     def __post_init__(self) -> None:
         stop = self.request.stop
@@ -93,8 +95,10 @@ class Sequence:
             Usage(self.prompt_len, len(self.tokens) - self.prompt_len, self.cached_tokens or 0),
             queue_s=(now_s if self.started_s is None else self.started_s) - self.arrived_s,
             prefill_logprobs=tuple(self.prompt_logprobs) if complete else (),
+            prefill_top=tuple(self.prompt_top) if complete else (),
         )
 
     def restart_prompt_logprobs(self) -> None:
         """The prompt is about to be prefilled from its first token."""
         self.prompt_logprobs = [NO_LOGPROB]
+        self.prompt_top = [()] if self.request.prefill_top_n_tokens else []

@@ -5,7 +5,7 @@ All their pages are page 0, which belongs to nobody, so that a pool of one page 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tgi_gateway.types import Request, SamplingParams, StopRules
 from tgi_model_server.device import StepLimits
@@ -24,10 +24,12 @@ _EVERYTHING = SamplingParams(
     presence_penalty=0.1,
 )
 _TOP_TOKENS = 5
+_ALIKE, _ALIKE_TOKENS = 8, 16
+"""Prompts that begin alike, and the new tokens of each."""
 
 
 def run_largest_steps(runner: Runner, limits: StepLimits, *, samples: bool, plain: bool = False) -> None:
-    """Steps of all rows and all tokens, every row with all that a request may ask for, or nothing if `plain`.
+    """All of `largest_plans`, every row with all that a request may ask for, or nothing if `plain`.
 
     `samples`: this rank does.
     """
@@ -45,24 +47,35 @@ def run_largest_steps(runner: Runner, limits: StepLimits, *, samples: bool, plai
 
 
 def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
-    """One with as many new tokens as fit, the log-probabilities of its prompts too; one in which all rows decode."""
+    """One with as many new tokens as fit, the log-probabilities of its prompts too; one in which all rows decode; and
+    the longest prompts that begin alike, which is not much, but a device may have kernels for it to be made ready.
+    """
     for tokens in (limits.max_tokens, limits.max_rows):
-        plan = StepPlan()
+        rows: list[tuple[int, int]] = []
         left = tokens
         for row in range(limits.max_rows):
             waiting = limits.max_rows - row - 1
             new = min(limits.max_kv_len, left - waiting)
-            # One row is as long as any may become, which decides how wide the tables of pages are.
-            length = limits.max_kv_len if not waiting else new
             left -= new
-            plan.slots.append(row)
-            plan.query_lens.append(new)
-            plan.kv_lens.append(length)
-            plan.pages.append([0] * -(-length // page_size))
-            plan.token_ids.extend([0] * new)
-            plan.sample_rows.append(row)
-            plan.allow_eos.append(True)
-            plan.output_lens.append(1)
-            if new > 1:
-                plan.prompt_targets[row] = [0] * (new - 1)
-        yield plan
+            # One row is as long as any may become, which decides how wide the tables of pages are.
+            rows.append((new, limits.max_kv_len if not waiting else new))
+        yield _plan(rows, page_size)
+    new = min(_ALIKE_TOKENS, limits.max_kv_len, limits.max_tokens)
+    yield _plan([(new, limits.max_kv_len)] * min(_ALIKE, limits.max_rows, limits.max_tokens // new), page_size)
+
+
+def _plan(rows: Sequence[tuple[int, int]], page_size: int) -> StepPlan:
+    """Rows of (new tokens, length), all on page 0."""
+    plan = StepPlan()
+    for row, (new, length) in enumerate(rows):
+        plan.slots.append(row)
+        plan.query_lens.append(new)
+        plan.kv_lens.append(length)
+        plan.pages.append([0] * -(-length // page_size))
+        plan.token_ids.extend([0] * new)
+        plan.sample_rows.append(row)
+        plan.allow_eos.append(True)
+        plan.output_lens.append(1)
+        if new > 1:
+            plan.prompt_targets[row] = [0] * (new - 1)
+    return plan

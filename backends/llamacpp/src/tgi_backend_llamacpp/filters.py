@@ -42,6 +42,14 @@ def typical_p(logits: Row, mass: float) -> None:
     logits[nearness < _last_needed(nearness, probabilities, mass)] = -np.inf
 
 
+def most_likely(logits: Row, wanted: int) -> tuple[tuple[int, float], ...]:
+    """Up to `wanted` tokens with their log-probabilities, most likely first."""
+    wanted = min(wanted, len(logits))
+    top = np.argpartition(-logits, wanted - 1)[:wanted]
+    top = top[np.argsort(-logits[top], kind="stable")]
+    return tuple(zip(top.tolist(), (logits[top] - log_sum_exp(logits)).tolist(), strict=True))
+
+
 def draw(logits: Row, uniform: float) -> int:
     """The inverse of the distribution function at `uniform`, tokens in order of their ids.
 

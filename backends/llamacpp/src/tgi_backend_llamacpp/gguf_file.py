@@ -72,6 +72,11 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     42: ("Q2_0", 64, 18),
 }
 """Number -> name, elements of a block, bytes of a block. What is not here cannot be checked, and is refused."""
+_NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")
+_WEIGHTS = (".weight", ".bias", ".lora_a", ".lora_b")
+"""Ends of the names of tensors that products and sums are made with; others may be tables of whole numbers."""
+_TABLES = ("tid2eid",)
+"""Parts of the names of tables that are called weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +246,12 @@ class _Reader:
         if number not in TENSOR_TYPES:
             raise self._broken(f"tensor {name} is of type {number}, which this version does not know")
         kind, block, block_bytes = TENSOR_TYPES[number]
+        if name.endswith(_WEIGHTS) and not any(part in name for part in _TABLES):
+            # llama.cpp ends the process at an operation that it does not have for a type.
+            if dimensions == 1 and kind != "F32":
+                raise self._broken(f"tensor {name} is a vector of {kind}; vectors are F32")
+            if kind in _NO_WEIGHTS:
+                raise self._broken(f"tensor {name} is of type {kind}, in which there are no weights")
         if shape[0] % block:
             raise self._broken(f"rows of tensor {name} have {shape[0]} elements; {kind} needs a multiple of {block}")
         return Tensor(name, shape, kind, elements // block * block_bytes, self._number(_U64, name))

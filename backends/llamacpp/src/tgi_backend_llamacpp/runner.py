@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from tgi_backend_llamacpp.filters import Row, log_sum_exp
+from tgi_backend_llamacpp.filters import Row, log_sum_exp, most_likely
 from tgi_backend_llamacpp.native import Context, Indices, Model
 from tgi_backend_llamacpp.sampling import Logits, Sampler
 from tgi_backend_llamacpp.sequences import SequenceMap
@@ -70,24 +70,24 @@ class LlamaRunner:
         try:
             starts = [kv_len - query_len for kv_len, query_len in zip(plan.kv_lens, plan.query_lens, strict=True)]
             self._sequences.prepare(plan.slots, starts, plan.pages)
-            logits, prompt_logprobs = self._compute(plan)
+            logits, prompts = self._compute(plan)
         finally:
             masks = pending() if pending is not None else None
         result = self._sampler.sample(logits, plan, masks) if plan.sample_rows else StepResult([], [])
-        result.prompt_logprobs = prompt_logprobs
+        result.prompt_logprobs, result.prompt_top = prompts.logprobs, prompts.top
         done = _Done(result)
         if masks is not None:
             self._sampler.sampled(plan, done)
         return done
 
-    def _compute(self, plan: StepPlan) -> tuple[Logits, dict[int, list[float]]]:
-        """float32 logits [sampled rows, vocabulary], and log-probabilities of prompts by row."""
+    def _compute(self, plan: StepPlan) -> tuple[Logits, _PromptScores]:
+        """float32 logits [sampled rows, vocabulary], and what is told of prompts."""
         if not self._adapters and not plan.prompt_targets:
-            return self._decode_whole(plan), {}
+            return self._decode_whole(plan), _PromptScores()
         adapters = [self._sampler.adapter(slot) for slot in plan.slots]
         if not plan.prompt_targets and len(set(adapters)) == 1:
             self._use(adapters[0])
-            return self._decode_whole(plan), {}
+            return self._decode_whole(plan), _PromptScores()
         return self._compute_parts(plan, adapters)
 
     def _decode_whole(self, plan: StepPlan) -> Logits:
@@ -98,11 +98,11 @@ class LlamaRunner:
         last = np.cumsum(plan.query_lens)[plan.sample_rows] - 1
         return self._context.decode(plan.token_ids, plan.positions(), owners, last)
 
-    def _compute_parts(self, plan: StepPlan, adapters: Sequence[str | None]) -> tuple[Logits, dict[int, list[float]]]:
+    def _compute_parts(self, plan: StepPlan, adapters: Sequence[str | None]) -> tuple[Logits, _PromptScores]:
         """The same with a batch for every adapter, and for every prompt of which all logits are wanted."""
         step = _Flat(plan)
         chosen: dict[int, Row] = {}
-        prompt_logprobs: dict[int, list[float]] = {}
+        prompts = _PromptScores()
         sampled = set(plan.sample_rows)
         # llama.cpp applies an adapter to a whole batch.
         for adapter in set(adapters):
@@ -114,23 +114,28 @@ class LlamaRunner:
                 chosen.update(zip(last, logits.copy(), strict=True))
             for row in rows:
                 if row in plan.prompt_targets:
-                    prompt_logprobs[row], chosen[row] = self._read_prompt(adapter, step, row, plan.prompt_targets[row])
+                    chosen[row] = self._read_prompt(adapter, step, row, plan, prompts)
         if not plan.sample_rows:
-            return np.empty((0, 0), np.float32), prompt_logprobs
-        return np.stack([chosen[row] for row in plan.sample_rows]), prompt_logprobs
+            return np.empty((0, 0), np.float32), prompts
+        return np.stack([chosen[row] for row in plan.sample_rows]), prompts
 
-    def _read_prompt(
-        self, adapter: str | None, step: _Flat, row: int, targets: Sequence[int]
-    ) -> tuple[list[float], Row]:
-        """Log-probabilities of `targets`, each after the token of the row at its place; and the row's last logits."""
-        found: list[float] = []
+    def _read_prompt(self, adapter: str | None, step: _Flat, row: int, plan: StepPlan, prompts: _PromptScores) -> Row:
+        """The row's last logits; `prompts` learns of its targets, each after the token of the row at its place."""
+        targets, wanted = plan.prompt_targets[row], plan.prompt_top.get(row, 0)
+        logprobs = prompts.logprobs[row] = []
+        top: list[tuple[tuple[int, float], ...]] = []
+        if wanted:
+            prompts.top[row] = top
         tokens = step.tokens_of([row])
         for begin in range(0, len(tokens), OUTPUT_ROWS):
             piece = tokens[begin : begin + OUTPUT_ROWS]
             logits = self._decode(adapter, step, piece, piece)
             for scores, target in zip(logits, targets[begin : begin + len(piece)], strict=False):
-                found.append(float(scores[target] - log_sum_exp(scores)))
-        return found, logits[-1].copy()
+                logprobs.append(float(scores[target] - log_sum_exp(scores)))
+                if wanted:
+                    top.append(most_likely(scores, wanted))
+        last: Row = logits[-1].copy()
+        return last
 
     def _decode(self, adapter: str | None, step: _Flat, tokens: Indices, wanted: Indices) -> Logits:
         """The logits at `wanted`, which are some of `tokens`; both are places in the step, ascending."""
@@ -140,6 +145,14 @@ class LlamaRunner:
 
     def _use(self, adapter: str | None) -> None:
         self._context.use_adapter(None if adapter is None else self._adapters[adapter])
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptScores:
+    """Of prompts' tokens, by row: `StepResult.prompt_logprobs` and `StepResult.prompt_top`."""
+
+    logprobs: dict[int, list[float]] = field(default_factory=dict)
+    top: dict[int, list[tuple[tuple[int, float], ...]]] = field(default_factory=dict)
 
 
 class _Flat:

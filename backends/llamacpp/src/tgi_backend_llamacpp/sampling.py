@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_backend_llamacpp import filters
 from tgi_backend_llamacpp.filters import Row
+from tgi_gateway.errors import BackendFailed
 from tgi_gateway.types import NO_LOGPROB, Request, SamplingParams
 from tgi_model_server.plan import StepPlan, StepResult
 from tgi_model_server.runner import StepOutput
@@ -21,6 +23,8 @@ from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.uniform import uniform
 
 Logits = npt.NDArray[np.float32]
+
+NOT_A_NUMBER = "the model computes what is no number: its file is damaged, or its values exceed their type"
 
 
 @dataclass(slots=True)
@@ -95,7 +99,7 @@ class Sampler:
 
     def sample(self, logits: Logits, plan: StepPlan, masks: RowMasks | None) -> StepResult:
         """Choose a token for each of `plan.sample_rows`; float32 logits [sampled rows, vocabulary] stay as they are."""
-        result = StepResult([], [], endings={} if masks is None else masks.endings)
+        result = StepResult([], [], endings={} if masks is None else dict(masks.endings))
         forbidden: dict[int, npt.NDArray[np.bool_]] = {}
         if masks is not None:
             assert masks.forbidden is not None, "masks of steps that are done at once come unpacked"
@@ -103,6 +107,11 @@ class Sampler:
         best = logits.argmax(1).tolist()
         for index, row in enumerate(plan.sample_rows):
             slot, raw = self._slots[plan.slots[row]], logits[index]
+            if not isfinite(raw[best[index]]):  # the maximum is NaN if any is
+                result.endings[index] = BackendFailed(NOT_A_NUMBER)
+                result.token_ids.append(best[index])
+                result.logprobs.append(NO_LOGPROB)
+                continue
             allow_eos = plan.allow_eos[index] or plan.slots[row] in self._masks  # masks know what may end their answer
             if slot.plain and slot.greedy and allow_eos and index not in forbidden:
                 token: int = best[index]
@@ -145,13 +154,9 @@ class Sampler:
         if not slot.scored:
             result.logprobs.append(NO_LOGPROB)
             return
-        whole = filters.log_sum_exp(raw)
-        result.logprobs.append(float(raw[token] - whole))
-        wanted = min(slot.request.top_n_tokens, self._vocab_size)
-        if wanted:
-            top = np.argpartition(-raw, wanted - 1)[:wanted]
-            top = top[np.argsort(-raw[top], kind="stable")]
-            result.top[index] = tuple(zip(top.tolist(), (raw[top] - whole).tolist(), strict=True))
+        result.logprobs.append(float(raw[token] - filters.log_sum_exp(raw)))
+        if slot.request.top_n_tokens:
+            result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens)
 
 
 def _penalize(

@@ -16,7 +16,7 @@ from tgi_gateway.types import NO_LOGPROB, Request
 from tgi_model_server.kv.pages import PageAllocator
 from tgi_model_server.kv.prefix import PrefixCache
 from tgi_model_server.plan import StepPlan, StepResult
-from tgi_model_server.testing.runner import choose, mix
+from tgi_model_server.testing.runner import choose, mix, most_likely
 
 
 class CellStore:
@@ -113,6 +113,8 @@ class CellRunner:
             at += query_len
             if row in plan.prompt_targets:
                 result.prompt_logprobs[row] = [-1.0] * len(plan.prompt_targets[row])
+            if row in plan.prompt_top:
+                result.prompt_top[row] = [most_likely(each, plan.prompt_top[row]) for each in plan.prompt_targets[row]]
         for row, allow_eos in zip(plan.sample_rows, plan.allow_eos, strict=True):
             request, output = self._slots[plan.slots[row]]
             cells = self.store.row(plan.slots[row])

@@ -43,6 +43,8 @@ def tokenizer_document(model: GgufFile) -> dict[str, Any]:
     """What tokenizer.json says of this vocabulary."""
     kind = model.text("tokenizer.ggml.model", "none")
     tokens = model.strings("tokenizer.ggml.tokens")
+    if not tokens:
+        raise broken(model.path, "it has no tokens")
     if len(set(tokens)) != len(tokens):
         raise broken(model.path, "two of its tokens have the same text")
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}

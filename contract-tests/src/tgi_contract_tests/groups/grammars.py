@@ -41,6 +41,11 @@ GRAMMARS: Mapping[str, tuple[Grammar, Callable[[str], bool]]] = {
     "lark": (Grammar("lark", 'start: "x" ("y" | "z") "x"'), lambda text: text in ("xyx", "xzx")),
 }
 """Each ends within a few tokens, and a model that knows nothing of it will hardly hit it."""
+ANYTHING = {
+    "regex": Grammar("regex", r"(.|\n){8,24}"),
+    "json": Grammar("json", '{"type": "string", "minLength": 8, "maxLength": 24}'),
+}
+"""Grammars that leave the text free, so that a special token's own text would do."""
 BROKEN = (Grammar("regex", "[a-"), Grammar("json", '{"type": "strin"}'), Grammar("lark", "start: missing"))
 
 
@@ -62,6 +67,20 @@ class Grammars(ContractBase):
             self._check_answers([answer], kind)
         for answer in together[-2:]:
             self.check_same(alone, answer, "isolation", "alone against beside constrained requests")
+
+    @pytest.mark.needs("grammar", "logit_bias")
+    @pytest.mark.parametrize("kind", ANYTHING)
+    def test_no_special_token_is_part_of_a_constrained_answer(self, engine: Engine, kind: str) -> None:
+        """It would end a turn or begin another, and its text is shown to nobody. Ends of sequence are exempt."""
+        special = [token_id for token_id in self.special_ids() if token_id not in engine.model.eos_token_ids]
+        if not special:
+            pytest.skip("the tokenizer has no special tokens but those that end a sequence")
+        wish = tuple((token_id, 100.0) for token_id in special[:64])
+        sampling = SamplingParams(logit_bias=wish, grammar=ANYTHING[kind])
+        prompts = (self.prompt(engine, 8, seed) for seed in range(3))
+        for answer in engine.run(*(self.request(each, 32, sampling, stop=StopRules(32)) for each in prompts)):
+            found = set(special).intersection(answer.ids)
+            demand(not found, "grammar", f"{ANYTHING[kind]} was answered with special tokens {sorted(found)}")
 
     @pytest.mark.needs("grammar")
     @pytest.mark.parametrize("broken", BROKEN, ids=lambda grammar: grammar.kind)

@@ -97,3 +97,42 @@ class Logprobs(ContractBase):
                 "logprobs",
                 f"token {at} had log-probability {token.logprob} when generated and {value} as part of a prompt",
             )
+
+    @pytest.mark.needs("prefill_logprobs", "prefill_top_n_tokens")
+    def test_top_tokens_of_a_prompt_agree_with_its_logprobs(self, engine: Engine) -> None:
+        n = min(5, self.capabilities().max_top_n_tokens)
+        for length in (1, 2, engine.model.max_input_tokens):
+            asked = self.request(self.prompt(engine, length), 1, prefill_logprobs=True, prefill_top_n_tokens=n)
+            told = engine.run_one(asked).finished
+            top = told.prefill_top
+            demand(len(top) == length, "logprobs", f"{len(top)} lists of top tokens for a prompt of {length} tokens")
+            demand(top[0] == (), "logprobs", f"the first token of a prompt has top tokens: {top[0]}")
+            positions = zip(asked.input_ids[1:], told.prefill_logprobs[1:], top[1:], strict=True)
+            for token_id, logprob, best in positions:
+                values = dict(best)
+                demand(len(values) == n, "logprobs", f"prefill_top_n_tokens is {n}, but a token's are {best}")
+                ranked = [value for _, value in best]
+                demand(ranked == sorted(ranked, reverse=True), "logprobs", f"a prompt's top is not sorted: {best}")
+                total = sum(map(math.exp, ranked))
+                demand(total <= 1 + ROUNDING, "logprobs", f"probabilities add up to {total:.4f}: {best}")
+                same = abs(values.get(token_id, logprob) - logprob) <= ROUNDING
+                demand(same, "logprobs", f"token {token_id} has {logprob}, and {values.get(token_id)} in its own top")
+                demand(
+                    token_id in values or logprob <= ranked[-1] + ROUNDING,
+                    "logprobs",
+                    f"token {token_id} has {logprob} and is missing among the {n} most likely: {best}",
+                )
+
+    @pytest.mark.needs("top_n_tokens", "prefill_logprobs", "prefill_top_n_tokens")
+    def test_top_tokens_of_a_prompt_repeat_those_of_generation(self, engine: Engine) -> None:
+        n = min(5, self.capabilities().max_top_n_tokens)
+        written = engine.run_one(self.request(self.prompt(engine), 12, logprobs=True, top_n_tokens=n))
+        prompt = (*written.request.input_ids, *written.ids)
+        asked = self.request(prompt, 1, prefill_logprobs=True, prefill_top_n_tokens=n)
+        read = engine.run_one(asked).finished.prefill_top[-len(written.ids) :]
+        allowed = max(ROUNDING, self.capabilities().tolerance)
+        for at, (token, top) in enumerate(zip(written.tokens, read, strict=True)):
+            one, other = dict(token.top), dict(top)
+            off = [abs(one[token_id] - other[token_id]) for token_id in one.keys() & other.keys()]
+            same = bool(off) and max(off) <= allowed
+            demand(same, "logprobs", f"token {at} had {token.top} when generated, {top} as part of a prompt")

@@ -27,6 +27,7 @@ USES: dict[Feature, dict[str, object]] = {
     "grammar": {"sampling": SamplingParams(grammar=Grammar("regex", "[0-9]+"))},
     "top_n_tokens": {"top_n_tokens": 2},
     "prefill_logprobs": {"prefill_logprobs": True},
+    "prefill_top_n_tokens": {"prefill_logprobs": True, "prefill_top_n_tokens": 2},
     "ignore_eos": {"stop": StopRules(8, ignore_eos=True)},
     "min_new_tokens": {"stop": StopRules(8, min_new_tokens=2)},
     "stop_token_ids": {"stop": StopRules(8, stop_token_ids=(0,))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -81,8 +82,8 @@ class Reader:
         marks = reading.marks if reading.thoughts else None
         self._parser = None if reading.plain else parser(reading.family, reading.tools, marks, reading.opened)
         self._thinking = reading.opened and reading.thoughts
-        self._dropping = False
-        """The newest call is one too many."""
+        self.whole = False
+        """The only call that the answer may hold is complete: what comes after it is left out."""
 
     def read(self, pieces: Sequence[Piece]) -> list[Part]:
         """What comes to light with the next tokens."""
@@ -109,6 +110,8 @@ class Reader:
         return [part for delta in deltas if (part := self._keep(delta)) is not None]
 
     def _keep(self, delta: Delta) -> Part | None:
+        if self.whole:
+            return None
         match delta:
             case Thought(text) if self.reading.thoughts:
                 self.thoughts.append(text)
@@ -117,18 +120,28 @@ class Reader:
                 self.words.append(text)
                 return Text(text)
             case CallBegin(name):
-                self._dropping = bool(self.calls) and not self.reading.parallel
-                if self._dropping:
+                if self.calls and not self.reading.parallel:
+                    self.whole = True
                     return None
                 assert self.reading.family is not None
                 call = Call(self.reading.family.new_id(name, self.reading.earlier_calls + len(self.calls)), name)
                 self.calls.append(call)
                 return CallOpened(len(self.calls) - 1, call.id, name)
             case CallArguments(text):
-                if self._dropping:
-                    return None
                 self.calls[-1].arguments += text
+                self.whole = not self.reading.parallel and _is_json(self.calls[-1].arguments)
                 return CallGrown(len(self.calls) - 1, text)
+
+
+def _is_json(text: str) -> bool:
+    """Whether it is the whole text of an object."""
+    if not text.rstrip().endswith("}"):
+        return False  # as nearly always
+    try:
+        json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 __all__ = ["Call", "CallGrown", "CallOpened", "Part", "Reader", "Reading", "Text", "Thought"]

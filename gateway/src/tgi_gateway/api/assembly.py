@@ -92,7 +92,10 @@ async def _events(services: Services, call: Call, body: ChatBody, assembler: Ass
                     events, begun = assembler.begin(prompt_tokens), True
                 for piece in pieces:
                     events += _add(assembler, reader.push(piece), [piece])
-                if generation.reason is not None:
+                ended = generation.reason is not None
+                if not ended and reader.whole and prepared.ends_with_call:
+                    generation.complete()
+                if ended:
                     events += _add(assembler, reader.finish(generation.rest), [])
                     call.succeeded(generation, valid.seed)
                     usage = usage_from(prompt_tokens, [totals_of(generation, reader)])

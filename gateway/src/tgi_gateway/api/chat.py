@@ -241,6 +241,8 @@ class _Choice:
                     yield "".join(parts).encode()
                 else:
                     chunk = "".join(self._event(reader, piece) for piece in pieces)
+                    if reader.whole and self.prepared.ends_with_call:
+                        generation.complete()
                     if chunk:
                         yield chunk.encode()
 

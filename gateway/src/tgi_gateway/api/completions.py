@@ -33,7 +33,7 @@ from tgi_gateway.api.serving import (
 )
 from tgi_gateway.api.sse import DONE, EventStream, unless_gone
 from tgi_gateway.api.usage import PromptTokensDetails, Usage, cached_tokens, usage_of
-from tgi_gateway.errors import Unsupported, ValidationError
+from tgi_gateway.errors import BackendFailed, Unsupported, ValidationError
 from tgi_gateway.prompt import validate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.prompt.validate import Parameters, Valid
@@ -106,25 +106,42 @@ def parameters_of(services: Services, body: CompletionBody) -> Parameters:
     if best_of > max(n, services.limits.max_best_of):
         raise ValidationError(f"`best_of` must be <= {max(n, services.limits.max_best_of)}. Given: {best_of}")
     if best_of > n and body.stream:
-        raise Unsupported("`best_of` above `n` is not supported when streaming tokens")
-    scores_prompt = bool(body.echo) and body.logprobs is not None
-    if scores_prompt:
+        raise Unsupported(
+            f"`best_of` ({best_of}) above `n` ({n}) cannot be streamed, as at OpenAI: which answers are best is known "
+            "when all have ended. Leave out `stream` or `best_of`"
+        )
+    if _scores_prompt(body):
         _check_prompt_scores(services, body)
+    if body.max_tokens == 0 and body.min_tokens:
+        raise ValidationError(f"`min_tokens` must be <= `max_tokens`. Given: {body.min_tokens} and 0")
     parameters = sampling_of(
         services, body, logprobs=body.logprobs is not None or best_of > n, top_logprobs=body.logprobs
     )
-    return replace(parameters, prefill=scores_prompt)
+    return replace(
+        parameters,
+        prefill=_scores_prompt(body),
+        prefill_top_n_tokens=(body.logprobs or 0) if _scores_prompt(body) else 0,
+        prompt_only=body.max_tokens == 0,
+    )
+
+
+def _scores_prompt(body: CompletionBody) -> bool:
+    return bool(body.echo) and body.logprobs is not None
 
 
 def _check_prompt_scores(services: Services, body: CompletionBody) -> None:
-    if body.logprobs:
-        raise Unsupported("`echo` with `logprobs` above 0 is not supported: a prompt's alternatives are not told")
+    features = services.backend.capabilities.features
     if not services.limits.prefill_logprobs:
         raise Unsupported(
             "`echo` with `logprobs` is not supported by this server; start it with --enable-prefill-logprobs"
         )
-    if body.stream:
-        raise Unsupported("`echo` with `logprobs` is not supported when streaming tokens")
+    if "prefill_logprobs" not in features:
+        raise Unsupported("`echo` with `logprobs` is not supported: this engine tells no log-probabilities of prompts")
+    if body.logprobs and "prefill_top_n_tokens" not in features:
+        raise Unsupported(
+            "`echo` with `logprobs` above 0 is not supported: this engine tells no alternatives of a prompt's tokens. "
+            "Give 0 for log-probabilities alone"
+        )
 
 
 async def completions(services: Services, request: Request, raw: bytes) -> Response:
@@ -179,10 +196,14 @@ def _logprobs(tokenizer: Tokenizer, body: CompletionBody, prompt: Prompt, answer
         return None
     if not body.echo:
         return completion_logprobs(tokenizer, answer.pieces, body.logprobs)
-    assert answer.generation.finished is not None
-    scores = answer.generation.finished.prefill_logprobs
-    of_prompt = prompt_logprobs(tokenizer, answer.valid.request.input_ids, scores)
-    return joined(of_prompt, completion_logprobs(tokenizer, answer.pieces, 0, len(prompt.text)))
+    of_prompt = _of_prompt(tokenizer, answer.generation)
+    return joined(of_prompt, completion_logprobs(tokenizer, answer.pieces, body.logprobs, len(prompt.text)))
+
+
+def _of_prompt(tokenizer: Tokenizer, generation: Generation) -> CompletionLogprobs:
+    if generation.finished is None:
+        raise BackendFailed("the engine ended before it told the prompt's log-probabilities")
+    return prompt_logprobs(tokenizer, generation.request.input_ids, generation.finished)
 
 
 async def _prepare(services: Services, body: CompletionBody) -> tuple[list[Prompt], list[Valid]]:
@@ -257,17 +278,21 @@ class _Choice:
         opening = f'{self.opening}"choices":[{{"index":{self.index},"text":'
         ending = f',"logprobs":null,"finish_reason":null}}],{self.ending}{null_usage}}}\n\n'
         tokenizer, shown = self.services.tokenizer, 0
-        if body.echo:
-            first = f"{opening}{quoted(self.prompt)}{ending}"
-            shown = len(self.prompt)
-        else:
-            first = ""
+        echoed = not body.echo
+        held: list[Piece] = []
         async with self.services.open(self.valid, keep_stop=False) as generation:
-            async for pieces in generation:
-                parts = [first]
-                first = ""
+            async for arrived in generation:
+                if _scores_prompt(body) and generation.reason is None:
+                    held += arrived  # the prompt comes first, and its scores with the end
+                    continue
                 if generation.reason is not None:
                     refuse_cancelled(generation)
+                pieces, held = held + arrived, []
+                parts = []
+                if not echoed:
+                    echoed, shown = True, len(self.prompt)
+                    parts.append(self._echo(generation, opening))
+                if generation.reason is not None:
                     parts += self._last(generation, opening, pieces, generation.rest, shown)
                 elif body.logprobs is None:
                     parts += [f"{opening}{quoted('' if piece.special else piece.text)}{ending}" for piece in pieces]
@@ -276,6 +301,13 @@ class _Choice:
                         parts.append(self._with_logprobs(tokenizer, opening, piece, shown))
                         shown += 0 if piece.special else len(piece.text)
                 yield "".join(parts).encode()
+
+    def _echo(self, generation: Generation, opening: str) -> str:
+        scored = _scores_prompt(self.body)
+        told = _of_prompt(self.services.tokenizer, generation) if scored else None
+        logprobs = msgspec.json.encode(told).decode()
+        ending = f'"finish_reason":null}}],{self.ending}{self._null_usage}}}\n\n'
+        return f'{opening}{quoted(self.prompt)},"logprobs":{logprobs},{ending}'
 
     def _with_logprobs(
         self, tokenizer: Tokenizer, opening: str, piece: Piece, shown: int, rest: str = "", tail: str = ""

@@ -80,6 +80,7 @@ class Generation:
         "_held",
         "_max_new_tokens",
         "_pieces",
+        "_silent",
         "_special",
         "_stops",
         "_visible",
@@ -107,6 +108,8 @@ class Generation:
         close: Callable[[int], None],
         ending_ids: frozenset[int] = frozenset(),
         visible: frozenset[int] = frozenset(),
+        *,
+        silent: bool = False,
     ) -> None:
         self.request = request
         self.text_parts: list[str] = []
@@ -132,6 +135,7 @@ class Generation:
         self._failure: GatewayError | None = None
         self._ending_ids = ending_ids
         self._visible = visible
+        self._silent = silent
         self._max_new_tokens = request.stop.max_new_tokens
         self._held = False
         """The newest piece may be the last, so it waits."""
@@ -191,11 +195,18 @@ class Generation:
             self._backend.cancel(self.request.request_id)
         self._close(self.request.request_id)
 
+    def complete(self) -> None:
+        """The answer is whole for who reads it: it ends here, as after a stop string."""
+        if self.reason is None and self._failure is None:
+            self._pieces.clear()
+            self._end("stop_sequence", time.perf_counter())
+            self._backend.cancel(self.request.request_id)
+
     # The rest is called by `Generations`, in the event loop.
 
     def push(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...], now: float) -> None:
-        if self.reason is not None or self._failure is not None:
-            return  # generated while our cancel was on its way
+        if self.reason is not None or self._failure is not None or self._silent:
+            return  # not wanted, or generated while our cancel was on its way
         if self.generated_tokens == 0:
             self.first_token_at = now
         else:
@@ -227,7 +238,8 @@ class Generation:
             return
         self._engine_ended = True
         if self.reason is None:
-            self._end(event.reason, now)
+            cut = self._silent and event.reason != "cancelled"
+            self._end("length" if cut else event.reason, now)
 
     def fail(self, error: GatewayError) -> None:
         if self.reason is None:
@@ -313,15 +325,20 @@ class Generations:
         special: Mapping[int, str],
         ending_ids: frozenset[int] = frozenset(),
         visible: frozenset[int] = frozenset(),
+        *,
+        silent: bool = False,
     ) -> Generation:
         """Submit `request` (its id from `next_id`). Raises `Unsupported` for what the engine lacks, or `close`'s error.
 
-        `ending_ids` are tokens that end a generation in the engine; `visible` are special tokens that are text.
+        `ending_ids` are tokens that end a generation in the engine; `visible` are special tokens that are text; of a
+        `silent` one no token is wanted, only how it ends.
         """
         if self._closed is not None:
             raise self._closed
         refuse_unsupported(request, self._backend.capabilities)
-        generation = Generation(self._backend, request, decoder, stops, special, self._forget, ending_ids, visible)
+        generation = Generation(
+            self._backend, request, decoder, stops, special, self._forget, ending_ids, visible, silent=silent
+        )
         self._open[request.request_id] = generation
         self._backend.submit(request)
         return generation

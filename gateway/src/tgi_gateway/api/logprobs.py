@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from tgi_gateway.api.generation import Piece
 from tgi_gateway.prompt.tokenizer import Tokenizer
+from tgi_gateway.types import Finished
 
 
 class TopLogprob(Struct):
@@ -68,33 +69,50 @@ def completion_logprobs(
     return CompletionLogprobs(
         tokens=[_shown(tokenizer, piece.token_id) for piece in pieces],
         token_logprobs=[piece.logprob for piece in pieces],
-        top_logprobs=[{_shown(tokenizer, token_id): value for token_id, value in piece.top} for piece in pieces]
+        top_logprobs=[_alternatives(tokenizer, piece.token_id, piece.logprob, piece.top) for piece in pieces]
         if alternatives
         else None,
         text_offset=offsets,
     )
 
 
-def prompt_logprobs(tokenizer: Tokenizer, ids: Sequence[int], values: Sequence[float]) -> CompletionLogprobs:
-    """Of a prompt's tokens, of which the first has none; without alternatives, which no engine tells."""
+def prompt_logprobs(tokenizer: Tokenizer, ids: Sequence[int], finished: Finished) -> CompletionLogprobs:
+    """Of a prompt's tokens, of which the first has none."""
+    values, top = finished.prefill_logprobs, finished.prefill_top
     special = tokenizer.special_texts
     lengths = [0 if token_id in special else len(tokenizer.token_text(token_id)) for token_id in ids]
     return CompletionLogprobs(
         tokens=[_shown(tokenizer, token_id) for token_id in ids],
         token_logprobs=[None if math.isnan(value) else value for value in values],
-        top_logprobs=None,
+        top_logprobs=[
+            _alternatives(tokenizer, token_id, value, best) if best else None
+            for token_id, value, best in zip(ids, values, top, strict=True)
+        ]
+        if top
+        else None,
         text_offset=[0, *accumulate(lengths[:-1])],
     )
 
 
 def joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLogprobs:
-    """Both as one; `then` has its offsets already."""
+    """Both as one; `then` has its offsets already, and both have alternatives or neither has."""
+    alternatives = None
+    if first.top_logprobs is not None and then.top_logprobs is not None:
+        alternatives = first.top_logprobs + then.top_logprobs
     return CompletionLogprobs(
         tokens=first.tokens + then.tokens,
         token_logprobs=first.token_logprobs + then.token_logprobs,
-        top_logprobs=None,
+        top_logprobs=alternatives,
         text_offset=first.text_offset + then.text_offset,
     )
+
+
+def _alternatives(
+    tokenizer: Tokenizer, token_id: int, logprob: float, top: Sequence[tuple[int, float]]
+) -> dict[str, float]:
+    """The most likely tokens, and the one that is there in any case, as at OpenAI."""
+    there = {} if token_id in dict(top) else {_shown(tokenizer, token_id): logprob}
+    return {_shown(tokenizer, each): value for each, value in top} | there
 
 
 def _shown(tokenizer: Tokenizer, token_id: int) -> str:

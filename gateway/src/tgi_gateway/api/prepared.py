@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tgi_gateway.api.answers import Reader, Reading
 from tgi_gateway.api.bodies import ChatBody, SamplingBody
 from tgi_gateway.api.conversation import prompt_of
 from tgi_gateway.api.errors import BatchTooLarge
+from tgi_gateway.api.generation import Piece
 from tgi_gateway.api.grammars import constraint_of
-from tgi_gateway.api.serving import Answer, Services, collect_all
+from tgi_gateway.api.serving import Answer, Enough, Services, collect_all
 from tgi_gateway.api.tool_choice import grammar_of, offer_of, reading_of
 from tgi_gateway.errors import Unsupported, ValidationError
 from tgi_gateway.prompt import validate
@@ -96,6 +98,24 @@ class Prepared:
     valids: list[Valid]
     reading: Reading
 
+    @property
+    def ends_with_call(self) -> bool:
+        """Whether an answer ends with its first call, without a grammar that would see to it."""
+        held = any(valid.request.sampling.grammar is not None for valid in self.valids)
+        return self.reading.family is not None and not self.reading.parallel and not held
+
+    def enough(self) -> Enough | None:
+        """What tells of one answer whether it is whole, where the model would go on."""
+        if not self.ends_with_call:
+            return None
+        reader = Reader(self.reading)
+
+        def told(pieces: Sequence[Piece]) -> bool:
+            reader.read(pieces)
+            return reader.whole
+
+        return told
+
     def read(self, answer: Answer) -> Reader:
         """A whole answer, taken apart."""
         reader = Reader(self.reading)
@@ -130,4 +150,5 @@ async def answers_of(services: Services, body: ChatBody) -> tuple[Prepared, list
     with services.permits.hold(choices_of(services, body)):
         prepared = await prepare(services, body)
         visible = prepared.reading.visible
-        return prepared, await collect_all(services, prepared.valids, keep_stop=False, visible=visible)
+        answers = await collect_all(services, prepared.valids, keep_stop=False, visible=visible, enough=prepared.enough)
+        return prepared, answers

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from json.encoder import encode_basestring
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from tgi_gateway.api import caller
 from tgi_gateway.api.doors import Doors
@@ -152,7 +152,9 @@ class Services:
         ending_ids = frozenset(request.stop.stop_token_ids)
         if not request.stop.ignore_eos:
             ending_ids |= self.eos_token_ids
-        return self.generations.open(request, decoder, matcher, self.tokenizer.special_texts, ending_ids, visible)
+        return self.generations.open(
+            request, decoder, matcher, self.tokenizer.special_texts, ending_ids, visible, silent=valid.silent
+        )
 
 
 @dataclass(slots=True)
@@ -168,14 +170,25 @@ class Answer:
         return validate.mean_logprob([piece.logprob for piece in self.pieces])
 
 
+Enough: TypeAlias = Callable[[Sequence[Piece]], bool]
+"""Told of the tokens as they come: whether the answer is whole."""
+
+
 async def collect(
-    services: Services, valid: Valid, *, keep_stop: bool, visible: frozenset[int] = frozenset()
+    services: Services,
+    valid: Valid,
+    *,
+    keep_stop: bool,
+    visible: frozenset[int] = frozenset(),
+    enough: Enough | None = None,
 ) -> Answer:
     """Generate to the end."""
     pieces: list[Piece] = []
     async with services.open(valid, keep_stop=keep_stop, visible=visible) as generation:
         async for batch in generation:
             pieces += batch
+            if enough is not None and enough(batch):
+                generation.complete()
     refuse_cancelled(generation)
     return Answer(valid, generation, pieces)
 
@@ -194,10 +207,17 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def collect_all(
-    services: Services, valids: Sequence[Valid], *, keep_stop: bool, visible: frozenset[int] = frozenset()
+    services: Services,
+    valids: Sequence[Valid],
+    *,
+    keep_stop: bool,
+    visible: frozenset[int] = frozenset(),
+    enough: Callable[[], Enough | None] = lambda: None,
 ) -> list[Answer]:
-    """Generate side by side; the first failure ends all."""
-    return await together([collect(services, valid, keep_stop=keep_stop, visible=visible) for valid in valids])
+    """Generate side by side; the first failure ends all. `enough` is made for each."""
+    return await together(
+        [collect(services, valid, keep_stop=keep_stop, visible=visible, enough=enough()) for valid in valids]
+    )
 
 
 def refuse_cancelled(generation: Generation) -> None:

@@ -19,6 +19,9 @@ from tgi_gateway.types import Grammar, Request, SamplingParams, StopRules
 MAX_STOP_CHARACTERS = 1024
 """Of one stop sequence. The automaton that finds it costs memory per character."""
 
+MAX_PROMPT_ALTERNATIVES = 1 << 20
+"""Of all tokens of a prompt together; each is a pair of numbers on its way through three processes."""
+
 # Engines compute in float32: what lies outside is indistinguishable from these bounds, but would overflow there.
 _SMALLEST, _LARGEST = 1e-6, 1e6
 
@@ -88,6 +91,10 @@ class Parameters:
     watermark: bool = False
     prefill: bool = False
     """Whether the prompt's tokens are wanted with their log-probabilities."""
+    prefill_top_n_tokens: int = 0
+    """How many most likely tokens are wanted beside each of them."""
+    prompt_only: bool = False
+    """Nothing is to be generated, as ``max_new_tokens`` 0 says: the prompt alone is of interest."""
     logprobs: bool = False
     seed: int | None = None
     top_n_tokens: int | None = None
@@ -116,6 +123,8 @@ class Valid:
     request: Request
     seed: int | None
     """None: greedy, no draw was made."""
+    silent: bool = False
+    """What it generates is not wanted. Engines generate one token at least."""
 
 
 def check_streaming(parameters: Parameters) -> None:
@@ -143,7 +152,7 @@ def check(parameters: Parameters, limits: Limits) -> None:
     if best_of > 1 and not (p.samples or p.temperature is not None):
         raise ValidationError("you must use sampling when `best_of` is > 1")
     _check_sampling(p)
-    if p.max_new_tokens == 0:
+    if p.max_new_tokens == 0 and not p.prompt_only:
         raise ValidationError("`max_new_tokens` must be strictly positive")
     _check_stop(p, limits)
     if p.seed is not None and best_of > 1:
@@ -190,7 +199,7 @@ def _check_stop(p: Parameters, limits: Limits) -> None:
 def check_length(input_length: int, parameters: Parameters, limits: Limits) -> int:
     """Rules 16 and 17. Returns how many tokens may be generated."""
     room = limits.max_total_tokens - input_length
-    wanted = parameters.max_new_tokens
+    wanted = 1 if parameters.prompt_only else parameters.max_new_tokens
     if wanted is None:
         wanted = max(room, 1)  # without room for even one token, the message tells of one
     if wanted > room:
@@ -205,6 +214,15 @@ def check_length(input_length: int, parameters: Parameters, limits: Limits) -> i
             f"`min_new_tokens` must be <= `max_new_tokens`. Given: {parameters.min_new_tokens} and {wanted}"
         )
     return wanted
+
+
+def _check_alternatives(input_length: int, parameters: Parameters) -> None:
+    wanted = input_length * parameters.prefill_top_n_tokens
+    if wanted > MAX_PROMPT_ALTERNATIVES:
+        raise ValidationError(
+            f"{parameters.prefill_top_n_tokens} alternatives of each of {input_length} prompt tokens are {wanted}; "
+            f"allowed are {MAX_PROMPT_ALTERNATIVES}"
+        )
 
 
 async def validate(
@@ -239,6 +257,7 @@ async def validate(
     if truncate is not None:
         ids = ids[-truncate:]
     max_new_tokens = check_length(len(ids), parameters, limits)
+    _check_alternatives(len(ids), parameters)
     if parameters.grammar is not None and not limits.grammar:
         raise ValidationError("grammar is not supported")
     return _build(tuple(ids), parameters, limits, max_new_tokens)
@@ -277,10 +296,11 @@ def _build(ids: tuple[int, ...], p: Parameters, limits: Limits, max_new_tokens: 
         logprobs=p.logprobs,
         top_n_tokens=p.top_n_tokens or 0,
         prefill_logprobs=p.prefill and limits.prefill_logprobs,
+        prefill_top_n_tokens=p.prefill_top_n_tokens,
         adapter_id=p.adapter_id,
         cache_salt=p.cache_salt,
     )
-    return Valid(request, seed if samples else None)
+    return Valid(request, seed if samples else None, p.prompt_only)
 
 
 def copies(valid: Valid, count: int, *, seeds_follow: bool) -> list[Valid]:
@@ -292,7 +312,8 @@ def copies(valid: Valid, count: int, *, seeds_follow: bool) -> list[Valid]:
     for number in range(1, count):
         seed = (request.sampling.seed + number) % 2**64 if seeds_follow else secrets.randbits(64)
         sampling = replace(request.sampling, seed=seed)
-        made.append(Valid(replace(request, sampling=sampling), None if valid.seed is None else seed))
+        shown = None if valid.seed is None else seed
+        made.append(replace(valid, request=replace(request, sampling=sampling), seed=shown))
     return made
 
 

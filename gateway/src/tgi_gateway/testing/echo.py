@@ -26,6 +26,7 @@ ECHO_CAPABILITIES = Capabilities(
             "logprobs",
             "top_n_tokens",
             "prefill_logprobs",
+            "prefill_top_n_tokens",
             "ignore_eos",
             "min_new_tokens",
             "stop_token_ids",
@@ -157,3 +158,8 @@ class EchoBackend(SteppingBackend):
         expected = distribution.expected_in_prompt(prompt)
         known = zip(expected, prompt[1:], strict=True)
         return (NO_LOGPROB, *(distribution.logprob(guess, actual, self.model.vocab_size) for guess, actual in known))
+
+    def prompt_top(self, row: Row) -> tuple[tuple[tuple[int, float], ...], ...]:
+        expected = distribution.expected_in_prompt(row.request.input_ids)
+        wanted = row.request.prefill_top_n_tokens
+        return ((), *(distribution.most_likely(guess, wanted, self.model.vocab_size) for guess in expected))

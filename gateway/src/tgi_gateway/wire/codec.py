@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import chain, islice
 from typing import cast, get_args
 
 from tgi_gateway.backend import ALL_FEATURES, Capabilities, Capacity, ModelInfo
@@ -69,6 +70,7 @@ def encode_request(request: Request) -> pb.Request:
         logprobs=request.logprobs,
         top_n_tokens=request.top_n_tokens,
         prefill_logprobs=request.prefill_logprobs,
+        prefill_top_n_tokens=request.prefill_top_n_tokens,
         adapter_id=request.adapter_id,
         cache_salt=request.cache_salt,
         priority=request.priority,
@@ -136,6 +138,7 @@ def decode_request(message: pb.Request) -> Request:
         logprobs=message.logprobs,
         top_n_tokens=message.top_n_tokens,
         prefill_logprobs=message.prefill_logprobs,
+        prefill_top_n_tokens=message.prefill_top_n_tokens,
         adapter_id=message.adapter_id if message.HasField("adapter_id") else None,
         cache_salt=message.cache_salt,
         priority=message.priority,
@@ -164,6 +167,11 @@ def encode_step(events: StepEvents, capacity: Capacity | None) -> pb.StepEvents:
         message.prefill_counts.extend([len(event.prefill_logprobs) for event in finished])
         for event in finished:
             message.prefill_logprobs.extend(event.prefill_logprobs)
+        message.prefill_top_positions.extend([len(event.prefill_top) for event in finished])
+        for position in chain.from_iterable(event.prefill_top for event in finished):
+            message.prefill_top_counts.append(len(position))
+            message.prefill_top_ids.extend([token_id for token_id, _ in position])
+            message.prefill_top_logprobs.extend([logprob for _, logprob in position])
     for failed in events.failed:
         message.failed.add(
             request_id=failed.request_id,
@@ -190,16 +198,15 @@ def decode_step(message: pb.StepEvents) -> StepEvents:
 
 
 def _decode_top(message: pb.StepEvents, events: StepEvents) -> None:
-    pairs = list(zip(message.top_ids, message.top_logprobs, strict=True))
-    start = 0
+    pairs = zip(message.top_ids, message.top_logprobs, strict=True)
     for row, count in zip(message.top_rows, message.top_counts, strict=True):
-        events.top[row] = tuple(pairs[start : start + count])
-        start += count
+        events.top[row] = tuple(islice(pairs, count))
 
 
 def _decode_finished(message: pb.StepEvents, events: StepEvents) -> None:
-    logprobs: Sequence[float] = message.prefill_logprobs[:]
-    start = 0
+    logprobs = iter(message.prefill_logprobs[:])
+    top = zip(message.prefill_top_ids, message.prefill_top_logprobs, strict=True)
+    positions = (tuple(islice(top, count)) for count in message.prefill_top_counts)
     columns = zip(
         message.finished_ids,
         message.finished_reasons,
@@ -208,13 +215,13 @@ def _decode_finished(message: pb.StepEvents, events: StepEvents) -> None:
         message.cached_tokens,
         message.queue_s,
         message.prefill_counts,
+        message.prefill_top_positions,
         strict=True,
     )
-    for request_id, reason, prompt_tokens, generated_tokens, cached_tokens, queue_s, count in columns:
+    for request_id, reason, prompt_tokens, generated_tokens, cached_tokens, queue_s, count, told in columns:
         usage = Usage(prompt_tokens, generated_tokens, cached_tokens)
-        prefill = tuple(logprobs[start : start + count])
-        start += count
-        events.finished.append(Finished(request_id, _REASONS[reason], usage, queue_s, prefill))
+        prefill, prefill_top = tuple(islice(logprobs, count)), tuple(islice(positions, told))
+        events.finished.append(Finished(request_id, _REASONS[reason], usage, queue_s, prefill, prefill_top))
 
 
 def encode_capacity(capacity: Capacity) -> pb.Capacity:

@@ -132,7 +132,7 @@ class Capacity(_message.Message):
     def __init__(self, max_sequences: _Optional[int] = ..., free_sequences: _Optional[int] = ..., total_kv_tokens: _Optional[int] = ..., free_kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "input_ids", "sampling", "stop", "logprobs", "top_n_tokens", "prefill_logprobs", "adapter_id", "cache_salt", "priority", "name", "tenant", "traceparent")
+    __slots__ = ("request_id", "input_ids", "sampling", "stop", "logprobs", "top_n_tokens", "prefill_logprobs", "adapter_id", "cache_salt", "priority", "name", "tenant", "traceparent", "prefill_top_n_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class Request(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOP_N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     input_ids: bytes
     sampling: SamplingParams
@@ -159,7 +160,8 @@ class Request(_message.Message):
     name: str
     tenant: str
     traceparent: str
-    def __init__(self, request_id: _Optional[int] = ..., input_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., logprobs: bool = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., adapter_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    prefill_top_n_tokens: int
+    def __init__(self, request_id: _Optional[int] = ..., input_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., logprobs: bool = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., adapter_id: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., traceparent: _Optional[str] = ..., prefill_top_n_tokens: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias_ids", "logit_bias_values", "watermark", "grammar")
@@ -216,7 +218,7 @@ class StopRules(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StepEvents(_message.Message):
-    __slots__ = ("request_ids", "token_ids", "logprobs", "top_rows", "top_counts", "top_ids", "top_logprobs", "finished_ids", "finished_reasons", "prompt_tokens", "generated_tokens", "cached_tokens", "queue_s", "prefill_counts", "prefill_logprobs", "failed", "capacity")
+    __slots__ = ("request_ids", "token_ids", "logprobs", "top_rows", "top_counts", "top_ids", "top_logprobs", "finished_ids", "finished_reasons", "prompt_tokens", "generated_tokens", "cached_tokens", "queue_s", "prefill_counts", "prefill_logprobs", "failed", "capacity", "prefill_top_positions", "prefill_top_counts", "prefill_top_ids", "prefill_top_logprobs")
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -234,6 +236,10 @@ class StepEvents(_message.Message):
     PREFILL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOP_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOP_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_ids: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -251,7 +257,11 @@ class StepEvents(_message.Message):
     prefill_logprobs: _containers.RepeatedScalarFieldContainer[float]
     failed: _containers.RepeatedCompositeFieldContainer[Failed]
     capacity: Capacity
-    def __init__(self, request_ids: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_rows: _Optional[_Iterable[int]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., finished_ids: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[FinishReason, str]]] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., generated_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., queue_s: _Optional[_Iterable[float]] = ..., prefill_counts: _Optional[_Iterable[int]] = ..., prefill_logprobs: _Optional[_Iterable[float]] = ..., failed: _Optional[_Iterable[_Union[Failed, _Mapping]]] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ...) -> None: ...
+    prefill_top_positions: _containers.RepeatedScalarFieldContainer[int]
+    prefill_top_counts: _containers.RepeatedScalarFieldContainer[int]
+    prefill_top_ids: _containers.RepeatedScalarFieldContainer[int]
+    prefill_top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_ids: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_rows: _Optional[_Iterable[int]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., finished_ids: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[FinishReason, str]]] = ..., prompt_tokens: _Optional[_Iterable[int]] = ..., generated_tokens: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., queue_s: _Optional[_Iterable[float]] = ..., prefill_counts: _Optional[_Iterable[int]] = ..., prefill_logprobs: _Optional[_Iterable[float]] = ..., failed: _Optional[_Iterable[_Union[Failed, _Mapping]]] = ..., capacity: _Optional[_Union[Capacity, _Mapping]] = ..., prefill_top_positions: _Optional[_Iterable[int]] = ..., prefill_top_counts: _Optional[_Iterable[int]] = ..., prefill_top_ids: _Optional[_Iterable[int]] = ..., prefill_top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("request_id", "error_type", "message", "retry_after_s")

@@ -38,6 +38,11 @@ def choose(cells: Sequence[int], request: Request, output: Sequence[int], allow_
     return token
 
 
+def most_likely(token: int, wanted: int) -> tuple[tuple[int, float], ...]:
+    """What is told as the most likely tokens where `token` is."""
+    return tuple((token + n, _logprob(token + n)) for n in range(wanted))
+
+
 def _logprob(token: int) -> float:
     return -1.0 - token / 8
 
@@ -134,6 +139,7 @@ class ToyRunner:
             list(plan.allow_eos),
             list(plan.output_lens),
             {row: list(targets) for row, targets in plan.prompt_targets.items()},
+            dict(plan.prompt_top),
         )
         self.steps += 1
         self.largest_step = max(self.largest_step, plan.num_tokens)
@@ -203,8 +209,11 @@ class ToyRunner:
                 previous = mix(previous, state.last if token == PREVIOUS_TOKEN else token)
                 store[cell] = previous
             at += query
-            if row in plan.prompt_targets:
-                result.prompt_logprobs[row] = [_logprob(token) for token in plan.prompt_targets[row]]
+            following = plan.prompt_targets.get(row)
+            if following is not None:
+                result.prompt_logprobs[row] = [_logprob(token) for token in following]
+                if row in plan.prompt_top:
+                    result.prompt_top[row] = [most_likely(token, plan.prompt_top[row]) for token in following]
             if row not in sampled:
                 continue
             index = sampled[row]
@@ -216,5 +225,5 @@ class ToyRunner:
             result.token_ids.append(token)
             result.logprobs.append(_logprob(token) if state.request.logprobs else NO_LOGPROB)
             if state.request.top_n_tokens:
-                result.top[index] = tuple((token + n, _logprob(token + n)) for n in range(state.request.top_n_tokens))
+                result.top[index] = most_likely(token, state.request.top_n_tokens)
         return result
