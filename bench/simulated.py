@@ -27,6 +27,8 @@ NAME = "simulated"
 PAGE_SIZE = 16
 KV_TOKENS = 800_000
 VOCABULARY = 128_000
+EVEN_CONTEXT = 26_600
+"""Of Llama 3.1 8B."""
 BURST_GAP_S = 0.05
 """A device that waits longer had nothing to do."""
 CAPABILITIES = Capabilities(features=ALL_FEATURES - {"grammar", "lora"}, prefix_cache=True)
@@ -34,6 +36,7 @@ FLAGS = (
     Flag("--device-step-ms", float, 3.6, "Milliseconds of a step at least."),
     Flag("--device-row-ms", float, 0.058, "Milliseconds more for each row that decodes."),
     Flag("--device-token-ms", float, 0.023, "Milliseconds for each token of a prompt."),
+    Flag("--device-context-us", float, 0.0, "Microseconds more for each such token per 1,000 tokens before it."),
     Flag("--device-launch-ms", float, 0.5, "Milliseconds of Python for launching a step."),
 )
 log = logging.getLogger("tgi_gateway.simulated")
@@ -87,10 +90,11 @@ def create(options: EngineOptions) -> Backend:
         max_sequences = options.max_batch_size or 256
 
         def __init__(self) -> None:
-            self._step_s, self._row_s, self._token_s, self._launch_s = (
+            self._step_s, self._row_s, self._token_s, context_ms, self._launch_s = (
                 float(str(options.extra.get(flag.name.removeprefix("--").replace("-", "_"), flag.default))) / 1e3
                 for flag in FLAGS
             )
+            self._context_s = context_ms / 1e6  # the flag is in microseconds per thousand
             self._tokens = array("i", random.Random(0).choices(range(256, VOCABULARY), k=1 << 16))
             self._at = 0
             self._burst = Burst(0.0, 0.0)
@@ -118,6 +122,9 @@ def create(options: EngineOptions) -> Backend:
                 burst.ended_s = now_s
             burst.steps += 1
             burst.ended_s += max(self._step_s + rows * self._row_s, prompts * self._token_s)
+            if self._context_s:
+                lengths = zip(plan.query_lens, plan.kv_lens, strict=True)
+                burst.ended_s += self._context_s * sum(new * (kv - new / 2) for new, kv in lengths if new > 1)
             sampled = len(plan.sample_rows)
             self._at = (self._at + sampled) % (len(self._tokens) - sampled)
             tokens = self._tokens[self._at : self._at + sampled].tolist()
@@ -147,7 +154,14 @@ def create(options: EngineOptions) -> Backend:
                 device=NAME,
             )
             limits = BatchLimits(
-                PAGE_SIZE, runner.num_pages, runner.max_sequences, prefill, info.max_input_tokens, longest, VOCABULARY
+                PAGE_SIZE,
+                runner.num_pages,
+                runner.max_sequences,
+                prefill,
+                info.max_input_tokens,
+                longest,
+                VOCABULARY,
+                even_context=EVEN_CONTEXT,
             )
             return Loaded(driven, limits, info, vocabulary=_no_vocabulary, close=runner.close)
 

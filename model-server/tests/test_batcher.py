@@ -93,11 +93,20 @@ def test_a_long_prompt_leaves_room_for_a_short_one_behind_it() -> None:
     finish(batcher, planned(batcher))
     add(batcher, 3, [13] * 5)
     step = planned(batcher)
-    assert (ids(step), step.plan.query_lens) == ([1, 2], [8, 8]), "2 came before 3, which enters in the next step"
-    finish(batcher, step)
-    step = planned(batcher)
     assert (ids(step), step.plan.query_lens) == ([1, 2, 3], [8, 3, 5])
     assert [sequence.request.request_id for sequence in step.sampled] == [3]
+
+
+def test_a_long_prompt_that_must_wait_itself_does_not_hold_up_a_short_one() -> None:
+    batcher, _ = make()
+    add(batcher, 1, [11] * 100)
+    finish(batcher, planned(batcher))
+    add(batcher, 2, [12] * 100)
+    add(batcher, 3, [13] * 5)
+    step = planned(batcher)
+    assert (ids(step), step.plan.query_lens) == ([1, 3], [11, 5]), "the first is nearer to its end than the second"
+    finish(batcher, step)
+    assert planned(batcher).plan.query_lens == [1, 15]
 
 
 def test_no_budget_is_kept_for_a_newcomer_that_finds_no_pages() -> None:
@@ -302,3 +311,26 @@ def test_prompts_get_less_of_a_step_the_more_sequences_wait_for_its_end(decoding
     limits = replace(make(max_step_tokens=64)[0].limits, max_mixed_tokens=8)
     assert limits.step_tokens(decoding) == tokens
     assert replace(limits, max_step_tokens=10).step_tokens(decoding) == min(tokens, 10)
+
+
+def test_tokens_after_a_long_context_count_for_more_of_a_step() -> None:
+    batcher, _ = make(even_context=20)
+    add(batcher, 1, [11] * 100)
+    chunks: list[tuple[int, int]] = []
+    while not chunks or sum(chunks[-1]) < 100:
+        step = planned(batcher)
+        (new,), (length,) = step.plan.query_lens, step.plan.kv_lens
+        chunks.append((length - new, new))
+        finish(batcher, step)
+    assert chunks[:4] == [(0, 16), (16, 16), (32, 10), (42, 7)]
+    assert all(batcher.limits.cost(new, context) <= 16 for context, new in chunks)
+    assert [sequence.request.request_id for sequence in step.sampled] == [1], "the last chunk is not cut ever smaller"
+
+
+@pytest.mark.parametrize("context", [0, 19, 20, 21, 33, 1000])
+def test_what_a_rest_costs_pays_for_all_of_it(context: int) -> None:
+    limits = make(even_context=20)[0].limits
+    for tokens in range(1, 50):
+        assert tokens <= limits.affordable(limits.cost(tokens, context), context) <= limits.cost(tokens, context)
+        assert limits.affordable(tokens, context) >= 1, "there is always progress"
+    assert limits.affordable(0, context) == 0

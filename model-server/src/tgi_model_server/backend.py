@@ -129,4 +129,5 @@ def batch_limits(engine: Engine, info: ModelInfo, options: EngineOptions) -> Bat
         chunked_prefill=options.prefill_chunking,
         prefix_caching=options.prefix_caching,
         max_mixed_tokens=engine.max_mixed_tokens,
+        even_context=engine.config.even_context if options.prefill_chunking else None,
     )

@@ -42,6 +42,9 @@ GROWTH_STEPS = 16
 FEW_DECODE_ROWS = 16
 """Up to so many, larger steps for prompts are worth the wait of the rows that decode beside them."""
 
+MAX_NEWCOMERS = 64
+"""So many of the waiting sequences are looked through for short ones."""
+
 Verdict = Literal["entered", "full", "later", "failed"]
 """Of a waiting sequence: it runs; it and all behind it must wait; it alone should wait a step; it cannot be set up."""
 
@@ -76,11 +79,27 @@ class BatchLimits:
     max_mixed_tokens: int | None = None
     """Tokens of a step in which many sequences decode: their next tokens wait for all of it. None: as any other."""
 
+    even_context: int | None = None
+    """Context at which attention takes a prompt's token as long as all else; beyond it, tokens count for more than one
+    of a step's, so that a step takes about as long however long its prompts are. None: they all count for one."""
+
     def step_tokens(self, decode_rows: int) -> int:
         """Tokens that a step with so many decode rows may have: twice as many while only a few wait for it."""
         if not decode_rows or self.max_mixed_tokens is None:
             return self.max_step_tokens
         return min(self.max_step_tokens, self.max_mixed_tokens * (2 if decode_rows <= FEW_DECODE_ROWS else 1))
+
+    def cost(self, tokens: int, context: int) -> int:
+        """What so many tokens of a prompt, after `context` others, take of a step's."""
+        if self.even_context is None or context <= self.even_context:
+            return tokens
+        return -(-tokens * context // self.even_context)
+
+    def affordable(self, cost: int, context: int) -> int:
+        """Tokens of a prompt for that `cost`, at least one."""
+        if self.even_context is None or context <= self.even_context:
+            return cost
+        return max(cost * self.even_context // context, 1) if cost > 0 else 0
 
 
 @dataclass(slots=True)
@@ -219,10 +238,11 @@ class Batcher:
         preemptions = self.stats.preemptions
         prefills, stalled = self._plan_decodes(step)
         budget = self.limits.step_tokens(len(step.rows)) - len(step.rows)
-        for sequence, share in zip(prefills, self._shares(prefills, budget), strict=True):
+        shares = self._shares(prefills, budget)
+        for sequence, share in zip(prefills, shares, strict=False):
             budget -= self._plan_prefill(step, sequence, min(share, budget))
         if not stalled and self.stats.preemptions == preemptions:
-            self._plan_newcomers(step, budget)
+            self._plan_newcomers(step, budget, shares[len(prefills) :])
         if not step.rows:
             return None
         self._planned = step.number
@@ -352,24 +372,23 @@ class Batcher:
         return prefills, stalled
 
     def _shares(self, prefills: list[Sequence], budget: int) -> list[int]:
-        """What each of `prefills` may compute of `budget`, when those that will enter in this step get theirs."""
-        remaining = [sequence.length - sequence.computed for sequence in prefills]
+        """What each of `prefills`, and then of those that could enter in this step, may take of `budget`."""
+        remaining = [self.limits.cost(each.length - each.computed, each.computed) for each in prefills]
         if not self.limits.chunked_prefill:
             return [budget] * len(prefills)
         if sum(remaining) > budget > 0:
-            remaining += self._newcomers(budget)
-        return prefill_shares(remaining, budget)[: len(prefills)]
+            remaining += self._newcomers()
+        return prefill_shares(remaining, budget)
 
-    def _newcomers(self, budget: int) -> list[int]:
-        """Tokens of the waiting sequences that could enter now, up to `budget` together; prefixes count in full."""
+    def _newcomers(self) -> list[int]:
+        """Tokens of the waiting sequences that could enter now, in order; prefixes count in full."""
         lengths: list[int] = []
         pages = self.pages.free_pages + (self.prefix.idle_pages if self.prefix is not None else 0) - self._reserve()
-        for sequence in self._waiting[: len(self._free_slots)]:
+        for sequence in self._waiting[: min(len(self._free_slots), MAX_NEWCOMERS)]:
             pages -= -(-sequence.length // self.limits.page_size)
-            if pages < 0 or budget <= 0 or sequence.last_step > self._completed:
+            if pages < 0 or sequence.last_step > self._completed:
                 break
             lengths.append(sequence.length)
-            budget -= sequence.length
         return lengths
 
     def _reserve(self) -> int:
@@ -377,9 +396,9 @@ class Batcher:
         return -(-len(self._running) * GROWTH_STEPS // self.limits.page_size)
 
     def _plan_prefill(self, step: Step, sequence: Sequence, budget: int) -> int:
-        """A row with as much of the sequence's known tokens as `budget` allows; returns how many."""
+        """A row with as much of the sequence's known tokens as `budget` allows; returns what they take of it."""
         start, length, prompt_len = sequence.computed, sequence.length, sequence.prompt_len
-        chunk = self._chunk(length - start, budget)
+        chunk = self._chunk(length - start, self.limits.affordable(budget, start))
         if not chunk:
             return 0
         end = start + chunk
@@ -409,7 +428,7 @@ class Batcher:
                 self._limbo.append(_Limbo(step.number, left_over))
         if end == length:
             sequence.prefix_key = b""
-        return chunk
+        return self.limits.cost(chunk, start)
 
     def _chunk(self, remaining: int, budget: int) -> int:
         if remaining <= budget:
@@ -418,14 +437,23 @@ class Batcher:
             return 0
         return max(budget, 0)
 
-    def _plan_newcomers(self, step: Step, budget: int) -> None:
-        """Let waiting sequences enter, in order, while slots, pages and budget last."""
+    def _plan_newcomers(self, step: Step, budget: int, shares: list[int]) -> None:
+        """Let waiting sequences enter, in order, while slots, pages and budget last.
+
+        What `shares` gives to the first of them is theirs, so that a long one does not stand in the way of a short one.
+        """
         waiting, at = self._waiting, 0
+        promised, left = sum(shares), iter(shares)
         while at < min(len(waiting), self.limits.max_sequences) and self._free_slots and budget > 0:
             sequence = waiting[at]
             if sequence.last_step > self._completed:
                 break  # its newest token is still in flight
-            verdict = self._enter(sequence, step.number, budget)
+            promised -= next(left, 0)
+            allowed = budget - promised
+            if allowed <= 0:
+                at += 1
+                continue
+            verdict = self._enter(sequence, step.number, allowed)
             if verdict == "full":
                 break
             if verdict == "later":
@@ -433,7 +461,7 @@ class Batcher:
                 continue
             del waiting[at]
             if verdict == "entered":
-                budget -= self._plan_prefill(step, sequence, budget)
+                budget -= self._plan_prefill(step, sequence, allowed)
 
     def _enter(self, sequence: Sequence, number: int, budget: int) -> Verdict:
         """Give the sequence a slot and the pages of its tokens, if they are there."""

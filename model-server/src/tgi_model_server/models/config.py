@@ -57,10 +57,23 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Norms and biases left out."""
-        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        per_layer = self.hidden_size * (attention + 3 * self.intermediate_size)
         vocabularies = 1 if self.tie_word_embeddings else 2
-        return self.num_layers * per_layer + vocabularies * self.vocab_size * self.hidden_size
+        return self.num_layers * self._layer_parameters + vocabularies * self.vocab_size * self.hidden_size
+
+    @property
+    def even_context(self) -> int | None:
+        """Context at which a token's attention takes as many operations as its products with the layers' weights.
+
+        2 for each weight; 4 for each channel of each head and token before it, in layers that see all. None: none does.
+        """
+        unbounded = self.sliding_windows.count(None)
+        attention = 2 * unbounded * self.num_heads * self.head_dim
+        return self.num_layers * self._layer_parameters // attention if unbounded else None
+
+    @property
+    def _layer_parameters(self) -> int:
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
 
 
 def load_config(folder: Path, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> ModelConfig:
