@@ -12,12 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from launched import WAIT_S, Gateway, launched, serving, stream
+from launched import TOLD_WITHIN_S, WAIT_S, Gateway, launched, serving, stream
 
 from tgi_gateway.testing.worker import FIRST_BYTE
 
 BODY = {"inputs": "abc", "parameters": {"max_new_tokens": 3}}
-TOLD_WITHIN_S = 2.0
 
 
 def begun(gateway: Gateway, pool: ThreadPoolExecutor, count: int, tokens: int) -> list[Future[list[dict[str, object]]]]:

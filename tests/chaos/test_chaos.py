@@ -14,11 +14,14 @@ import socket
 from pathlib import Path
 
 import pytest
-from chaos import SCALE, Outcomes, check, check_memory, crowd, memory_mib, one_stream, settle
+from chaos import SCALE, Outcomes, check, check_memory, crowd, memory_mib, one_stream, settle, throng
 from launched import WAIT_S, Gateway, launched, serving
 
 PERMITS = 48
 ECHO = ("--echo-step-ms", "10", "--max-batch-size", "8", "--max-concurrent-requests", str(PERMITS))
+
+KILLS = 2
+"""Of one server: it waits ever longer before it starts a process again, and at last gives up."""
 
 pytestmark = pytest.mark.timeout(120 + 60 * SCALE)
 
@@ -40,19 +43,20 @@ async def until_back(gateway: Gateway, times: int) -> None:
 
 
 async def test_an_engine_that_is_killed_at_any_moment_loses_no_request_untold(byte_model: Path) -> None:
-    with serving(byte_model, *ECHO, "--http-workers", "2") as gateway:
-        for each in rounds(2):
+    for server in rounds(1):
+        with serving(byte_model, *ECHO, "--http-workers", "2") as gateway:
+            for each in range(KILLS):
 
-            async def kill(after_s: float = 0.3 + 0.2 * (each % 5)) -> None:
-                await kill_soon(gateway, "engine_process", signal.SIGKILL, after_s)
+                async def kill(after_s: float = 0.3 + 0.2 * ((server + each) % 5)) -> None:
+                    await kill_soon(gateway, "engine_process", signal.SIGKILL, after_s)
 
-            outcomes = await crowd(gateway, 40, tokens=60, over_s=0.8, seed=each, meanwhile=kill)
-            assert outcomes["failed"] + outcomes["refused"] > 0
-            await until_back(gateway, each + 1)
-            await check(gateway, outcomes, workers=2, permits=PERMITS)
-        told = await asyncio.to_thread(settle, gateway)
-        assert told["tgi_engine_restarts"] == len(rounds(2))
-        await stopped(gateway)
+                outcomes = await crowd(gateway, 40, tokens=60, over_s=0.8, seed=each, meanwhile=kill)
+                assert outcomes["failed"] + outcomes["refused"] > 0
+                await until_back(gateway, each + 1)
+                await check(gateway, outcomes, workers=2, permits=PERMITS)
+            told = await asyncio.to_thread(settle, gateway)
+            assert told["tgi_engine_restarts"] == KILLS
+            await stopped(gateway)
 
 
 async def test_an_engine_that_is_frozen_is_replaced(byte_model: Path) -> None:
@@ -69,18 +73,19 @@ async def test_an_engine_that_is_frozen_is_replaced(byte_model: Path) -> None:
 
 
 async def test_an_http_worker_that_is_killed_takes_only_its_own_requests(byte_model: Path) -> None:
-    with serving(byte_model, *ECHO, "--http-workers", "2") as gateway:
-        for each in rounds(2):
+    for server in rounds(1):
+        with serving(byte_model, *ECHO, "--http-workers", "2") as gateway:
+            for each in range(KILLS):
 
-            async def kill(after_s: float = 0.3 + 0.1 * (each % 7)) -> None:
-                await kill_soon(gateway, "http_process", signal.SIGKILL, after_s)
+                async def kill(after_s: float = 0.3 + 0.1 * ((server + each) % 7)) -> None:
+                    await kill_soon(gateway, "http_process", signal.SIGKILL, after_s)
 
-            outcomes = await crowd(gateway, 40, tokens=60, over_s=0.6, seed=each, meanwhile=kill)
-            assert outcomes["finished"] > 0
-            assert outcomes["failed"] == 0
-            await until_back(gateway, each + 1)
-            await check(gateway, outcomes, workers=2, permits=PERMITS, lost=True)
-        await stopped(gateway)
+                outcomes = await crowd(gateway, 40, tokens=60, over_s=0.6, seed=each, meanwhile=kill)
+                assert outcomes["finished"] > 0
+                assert outcomes["failed"] == 0
+                await until_back(gateway, each + 1)
+                await check(gateway, outcomes, workers=2, permits=PERMITS, lost=True)
+            await stopped(gateway)
 
 
 async def test_clients_that_vanish_at_random_moments_leave_nothing_behind(byte_model: Path) -> None:
@@ -94,15 +99,16 @@ async def test_clients_that_vanish_at_random_moments_leave_nothing_behind(byte_m
         await stopped(gateway)
 
 
-async def test_ten_times_too_many_requests_are_refused_and_the_rest_finish(byte_model: Path) -> None:
+async def test_of_ten_times_too_many_requests_some_are_refused_and_the_rest_finish(byte_model: Path) -> None:
     with serving(byte_model, *ECHO) as gateway:
         await check(gateway, await crowd(gateway, 200, tokens=20, over_s=1.0), workers=1, permits=PERMITS)
         before = memory_mib(gateway)
-        for each in rounds(1):
-            outcomes = await crowd(gateway, 10 * PERMITS, tokens=20, over_s=0.5, seed=each)
+        burst = await crowd(gateway, 10 * PERMITS, tokens=20, over_s=0.5)
+        assert burst["finished"] >= PERMITS
+        lasting = await throng(gateway, 10 * PERMITS, tokens=20, for_s=6 * SCALE)
+        for outcomes in (burst, lasting):
             assert outcomes["refused"] > 0
-            assert outcomes["finished"] >= PERMITS
-            assert outcomes["finished"] + outcomes["refused"] == 10 * PERMITS, outcomes.counts
+            assert outcomes["finished"] + outcomes["refused"] == outcomes.counts.total(), outcomes.counts
             await check(gateway, outcomes, workers=1, permits=PERMITS)
         await asyncio.to_thread(check_memory, gateway, before)
         await stopped(gateway)

@@ -112,6 +112,19 @@ async def crowd(
     return outcomes
 
 
+async def throng(gateway: Gateway, clients: int, *, tokens: int, for_s: float, seed: int = 7) -> Outcomes:
+    """So many clients that ask again and again for so long, each a moment after it had its answer or was refused."""
+    outcomes, dice, began = Outcomes(), random.Random(seed), time.monotonic()
+
+    async def client() -> None:
+        while time.monotonic() < began + for_s:
+            await one_stream(gateway, outcomes, tokens=tokens)
+            await asyncio.sleep(dice.random() / 2)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return outcomes
+
+
 def metrics(gateway: Gateway) -> dict[str, float]:
     """Every sample by name and labels."""
     lines = httpx.get(f"{gateway.url}/metrics", timeout=WAIT_S).text.splitlines()

@@ -21,6 +21,8 @@ from servers import free_port
 
 WAIT_S = 60.0
 """Far more than anything here takes; only a hanging process meets it."""
+TOLD_WITHIN_S = 2.0
+"""How soon every open request must know that its engine is gone."""
 PROMPT = "The quick brown fox. "
 
 
