@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ class Shape:
     """(rows, KV length)"""
     prefills: tuple[tuple[int, int, int], ...]
     """(rows, new tokens, KV length)"""
+    shared: tuple[tuple[int, int, int], ...]
+    """The same, of rows that share all older pages but the last."""
+    worth: int = Tuning().shared_keys
+    """`Tuning.shared_keys`"""
 
 
 SHAPES = {
@@ -75,6 +79,7 @@ SHAPES = {
         tokens=(1, 32, 256, 8192),
         decodes=((1, 512), (1, 8192), (32, 768), (256, 768), (8, 32768)),
         prefills=((1, 512, 512), (16, 512, 512), (1, 8000, 8000), (1, 2048, 32768), (20, 50, 32050)),
+        shared=((20, 1, 32050), (5, 50, 32050), (20, 50, 32050)),
     ),
     "tiny": Shape(
         hidden=96,
@@ -86,6 +91,8 @@ SHAPES = {
         tokens=(1, 5),
         decodes=((3, 40),),
         prefills=((2, 20, 50),),
+        shared=((3, 9, 50),),
+        worth=1,
     ),
 }
 
@@ -113,8 +120,8 @@ class Bench:
     """The cases of one shape on one device."""
 
     def __init__(self, device: torch.device, shape: Shape, tuning: Tuning) -> None:
-        self.device, self.shape, self.tuning = device, shape, tuning
-        self.ops, self.reference = TritonOps(tuning), ReferenceOps()
+        self.device, self.shape, self.tuning = device, shape, replace(tuning, shared_keys=shape.worth)
+        self.ops, self.reference = TritonOps(self.tuning), ReferenceOps()
         self.attention = AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, torch.bfloat16)
         self.cores = _cores(device)
         self._draw = random.Random()
@@ -132,6 +139,8 @@ class Bench:
             yield self._attention("decode", rows, 1, kv_len)
         for rows, new, kv_len in shape.prefills:
             yield self._attention("prefill", rows, new, kv_len)
+        for rows, new, kv_len in shape.shared:
+            yield self._attention("shared", rows, new, kv_len, together=True)
         for rows in (each for each in shape.tokens if each <= 256):
             read = 4 * rows * shape.vocabulary
             yield Case("greedy", f"{rows} rows", lambda rows=rows: self._greedy(rows), read)  # type: ignore[misc]
@@ -166,17 +175,18 @@ class Bench:
 
         return Work(lambda: self.ops.rope_write_kv(q, k, v, cos, sin, pools[0], pools[1], planned), check)
 
-    def _attention(self, kernel: str, rows: int, new: int, kv_len: int) -> Case:
+    def _attention(self, kernel: str, rows: int, new: int, kv_len: int, together: bool = False) -> Case:
         shape = self.shape
         head = shape.head_dim
         seen = rows * (new * kv_len - new * (new - 1) // 2)
-        moved = 2 * rows * (2 * kv_len * shape.kv_heads + 2 * new * shape.heads) * head
+        read = kv_len + (rows - 1) * (new if together else kv_len)
+        moved = 2 * (2 * read * shape.kv_heads + 2 * rows * new * shape.heads) * head
         flops = 4 * seen * shape.heads * head
         size = f"{rows} x {new} new of {kv_len}"
-        return Case(kernel, size, lambda: self._attend(rows, new, kv_len), moved, flops)
+        return Case(kernel, size, lambda: self._attend(rows, new, kv_len, together), moved, flops)
 
-    def _attend(self, rows: int, new: int, kv_len: int) -> Work:
-        plan = self._plan(rows, new, kv_len)
+    def _attend(self, rows: int, new: int, kv_len: int, together: bool) -> Work:
+        plan = self._plan(rows, new, kv_len, (kv_len - new) // PAGE_SIZE if together else 0)
         q, _, _ = self._stacked(plan.num_tokens)
         pools = self._pools(plan)
         planned, scale = self._planned(plan), self.shape.head_dim**-0.5
@@ -229,8 +239,8 @@ class Bench:
 
         return Work(lambda: self.ops.sample(logits, heat, seeds, steps), check)
 
-    def _plan(self, rows: int, new: int, kv_len: int) -> StepPlan:
-        """Rows on scattered pages."""
+    def _plan(self, rows: int, new: int, kv_len: int, shared_pages: int = 0) -> StepPlan:
+        """Rows on scattered pages, the first of which they may share."""
         needed = -(-kv_len // PAGE_SIZE)
         pages = list(range(1, rows * needed + 1))
         self._draw.shuffle(pages)
@@ -238,7 +248,9 @@ class Bench:
             slots=list(range(rows)),
             query_lens=[new] * rows,
             kv_lens=[kv_len] * rows,
-            pages=[pages[row * needed : (row + 1) * needed] for row in range(rows)],
+            pages=[
+                pages[:shared_pages] + pages[row * needed + shared_pages : (row + 1) * needed] for row in range(rows)
+            ],
             token_ids=[0] * (rows * new),
         )
 

@@ -133,8 +133,16 @@ def test_keys_that_rows_share_are_read_with_the_matrix_units(target: str) -> Non
     shared, *others = build_all(lambda: attend(tuning, [(1, 8000)] * 20, together=True), target)
     unit = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx90a": "v_mfma", "gfx942": "v_mfma"}
     assert unit[target] in shared.assembly
-    assert len(others) == 2
-    assert [each.spilled_bytes for each in (shared, *others)] == [0, 0, 0]
+    assert len(others) == 3, "two reductions, and the rows' own keys"
+    assert [each.spilled_bytes for each in (shared, *others)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_prompts_that_share_keys_use_the_matrix_units_too(target: str) -> None:
+    tuning = TUNINGS[target[:2]]
+    shared, _, own = build_all(lambda: attend(tuning, [(50, 8050)] * 20, together=True), target)
+    unit = {"sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}[target]
+    assert all(unit in each.assembly and each.spilled_bytes == 0 for each in (shared, own))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

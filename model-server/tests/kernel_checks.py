@@ -24,7 +24,8 @@ from tgi_model_server.kernels.decode import choose_splits
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
-from tgi_model_server.kernels.sharing import find_sharing
+from tgi_model_server.kernels.shared import attend_shared, choose_shared_splits, merge_shared
+from tgi_model_server.kernels.sharing import Group, find_sharing
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, reference_plan
 from tgi_model_server.sampling import filters
@@ -330,7 +331,8 @@ def test_rows_without_tokens_change_nothing_for_the_others() -> None:
 
 
 def share(plan: StepPlan, rows: Sequence[int], pages: int) -> StepPlan:
-    """`plan` with the first pages of these rows those of the first one of them."""
+    """`plan` with the first pages of these rows those of the first one of them, as far as it has so many."""
+    pages = min(pages, len(plan.pages[rows[0]]))
     return replace(
         plan,
         pages=[
@@ -340,41 +342,148 @@ def share(plan: StepPlan, rows: Sequence[int], pages: int) -> StepPlan:
     )
 
 
-MIXED_ROWS = [(1, 61), (5, 30), (1, 40), (1, 99), (1, 44), (1, 12), (1, 70)]
+MIXED_ROWS = [(1, 61), (5, 30), (1, 41), (1, 99), (1, 44), (1, 12), (1, 70)]
+PROMPT_ROWS = [(2, 61), (2, 58), (12, 60), (1, 77), (1, 70), (3, 99), (2, 2), (19, 90)]
 
 
-@pytest.mark.parametrize("together", [[0, 2, 3], [0, 2, 3, 4, 6], [3, 6]])
-def test_rows_that_begin_alike_read_their_keys_together(dtype: torch.dtype, together: list[int]) -> None:
-    shape, layout = AttentionShape(4, 2, 16, dtype, dtype), KVLayout(4)
-    tuning = replace(SMALL, shared_queries=16)
-    plan = share(make_plan(4, MIXED_ROWS), together, 11)
-    if len(together) == 3:
-        plan = share(plan, [4, 6], 11)
-    planned = make_triton_plan(plan, shape, layout, tuning)
+Case = tuple[torch.dtype, Rows, list[list[int]], int, int]
+SHARING: dict[str, Case] = {
+    "decode": (torch.float32, MIXED_ROWS, [[0, 2, 3]], 9, 10),
+    "two groups": (torch.bfloat16, MIXED_ROWS, [[0, 2, 3], [4, 6]], 10, 10),
+    "prompts": (torch.float32, PROMPT_ROWS, [[0, 1, 2]], 12, 10),
+    "prompts, one program for each tile": (torch.float32, PROMPT_ROWS, [[0, 1, 2]], 12, 1),
+    "prompts and decode": (torch.bfloat16, PROMPT_ROWS, [[7, 0, 3, 1]], 12, 10),
+    "two groups of both": (torch.float16, PROMPT_ROWS, [[1, 0], [4, 5]], 12, 10),
+    "short prompts and a long one": (torch.float32, [(50, 90), *[(5, 45)] * 6], [[0, 2, 3, 5, 6]], 10, 1),
+}
+
+
+@pytest.mark.parametrize(("dtype", "rows", "groups", "pages", "cores"), SHARING.values(), ids=SHARING)
+def test_rows_that_begin_alike_read_their_keys_together(
+    dtype: torch.dtype, rows: Rows, groups: list[list[int]], pages: int, cores: int
+) -> None:
+    shape, layout = AttentionShape(2, 1, 16, dtype, dtype), KVLayout(4)
+    tuning = replace(SMALL, shared_queries=16, split_keys=16)
+    plan = make_plan(4, rows)
+    for group in groups:
+        plan = share(plan, group, pages)
+    planned = make_triton_plan(plan, shape, layout, tuning, cores)
     assert planned.shared is not None
-    assert planned.decode_lens.shape[0] == 6
+    sharing = {row for group in groups for row in group}
+    assert sorted(planned.shared.lens.tolist()) == sorted(4 * pages * (row in sharing) for row in range(len(rows)))
+    assert (planned.shared.most_splits > 1) == (cores > 1)
     check_attention(plan, shape, layout, planned, tuning=tuning)
-    fixed = FixedPlan(Bucket(9, 16), 128, shape, layout, device=PLACE, cores=MANY_CORES, tuning=tuning)
-    padded = pad_plan(plan, Bucket(9, 16), 4)
-    chosen = fixed.update(padded)
-    assert chosen is fixed.together
-    check_attention(padded, shape, layout, chosen, tokens=plan.num_tokens, tuning=tuning)
-    alone = pad_plan(make_plan(4, MIXED_ROWS), Bucket(9, 16), 4)
-    assert fixed.update(alone) is fixed.alone
-    check_attention(alone, shape, layout, fixed.alone, tokens=plan.num_tokens, tuning=tuning)
-    check_attention(alone, shape, layout, fixed.together, tokens=plan.num_tokens, tuning=tuning)
+
+    bucket = Bucket(len(rows) + 2, plan.num_tokens + 5)
+    fixed = FixedPlan(bucket, 128, shape, layout, device=PLACE, cores=cores, tuning=tuning)
+    padded = pad_plan(plan, bucket, 4)
+    assert fixed.update(padded) is fixed.together
+    check_attention(padded, shape, layout, fixed.together, tokens=plan.num_tokens, tuning=tuning)
+
+
+def test_buffers_of_fixed_size_forget_what_rows_shared_and_windows_share_nothing() -> None:
+    shape, layout, bucket = AttentionShape(2, 2, 16, torch.float32, torch.float32), KVLayout(4), Bucket(4, 12)
+    fixed = FixedPlan(bucket, 64, shape, layout, device=PLACE, cores=4, tuning=SMALL)
+    plan = pad_plan(share(make_plan(4, [(2, 62), (3, 59), (1, 57)]), [0, 1, 2], 14), bucket, 4)
+    assert fixed.update(plan) is fixed.together
+    check_attention(plan, shape, layout, fixed.together, window=7, tokens=6)
+    plan = pad_plan(make_plan(4, [(1, 62), (3, 59), (2, 57)]), bucket, 4)
+    assert fixed.update(plan) is fixed.alone
+    for planned in (fixed.alone, fixed.together):
+        check_attention(plan, shape, layout, planned, tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "kv_dtype", "tuning"),
+    [
+        (6, 2, 20, torch.float8_e4m3fn, SMALL),
+        (20, 1, 16, torch.float8_e5m2, Tuning(shared_keys=40)),
+        (2, 2, 128, torch.bfloat16, Tuning(shared_keys=40)),
+    ],
+)
+def test_shared_keys_of_other_shapes_and_8_bits(
+    heads: int, kv_heads: int, dim: int, kv_dtype: torch.dtype, tuning: Tuning
+) -> None:
+    shape, layout = AttentionShape(heads, kv_heads, dim, torch.bfloat16, kv_dtype), KVLayout(4, "HND")
+    plan = share(make_plan(4, PROMPT_ROWS[:4]), [0, 1, 3], 13)
+    planned = make_triton_plan(plan, shape, layout, tuning, cores=4)
+    assert planned.shared is not None
+    check_attention(plan, shape, layout, planned, tuning=tuning)
+
+
+def test_what_rows_share_is_merged_into_what_another_way_made_of_their_own_keys() -> None:
+    shape, layout = AttentionShape(6, 2, 20, torch.float32, torch.float32), KVLayout(4)
+    sharing, keys = [1, 3, 7], 48
+    plan = share(make_plan(4, PROMPT_ROWS), sharing, keys // 4)
+    planned = make_triton_plan(plan, shape, layout)
+    assert planned.shared is not None
+    q, _, _ = stacked_heads(plan.num_tokens, 6, 2, 20, torch.float32)
+    pools = make_pools(plan, shape, layout)
+    wanted = REFERENCE.attention(q, *pools, reference_plan(plan, layout, PLACE), scale=0.3, sliding_window=None)
+    state = attend_shared(q, *pools, planned.page_table, planned.shared, scale=0.3, tuning=SMALL)
+    found, own_lse = wanted.clone(), torch.full((plan.num_tokens, 6), float("nan"))
+    token = 0
+    for row, (query_len, kv_len) in enumerate(PROMPT_ROWS):
+        for position in range(kv_len - query_len, kv_len):
+            if row in sharing and query_len > 1:
+                at = torch.arange(keys, position + 1)
+                own = [pool[torch.tensor(plan.pages[row])[at // 4], at % 4].repeat_interleave(3, 1) for pool in pools]
+                scores = torch.einsum("hd,khd->hk", q[token], own[0]) * 0.3
+                found[token] = torch.einsum("hk,khd->hd", scores.softmax(-1), own[1])
+                own_lse[token] = scores.logsumexp(-1) / math.log(2)
+            token += 1
+    assert (found - wanted).abs().max() > 0.1
+    # The first row is none of them.
+    first = PROMPT_ROWS[0][0]
+    tables = (planned.tiles, planned.query_lens, planned.query_starts)
+    merge_shared(found, own_lse[first:], first, state, *tables, kv_heads=2, tuning=SMALL)
+    close(found, wanted)
 
 
 def test_sharing_is_found_where_it_pays_and_as_long_as_it_goes() -> None:
-    plan = make_plan(4, [(1, 61), (1, 62), (5, 61), (1, 63), (1, 64), (1, 9)])
-    plan = share(share(plan, [0, 1, 2, 3, 4], 2), [3, 4], 15)
-    found = find_sharing(plan, 4, worth=40, per_tile=8)
-    assert (found.rows, found.tiles) == ([4, 3], [(0, 2, 60)])
-    assert found.order(range(6)) == [4, 3, 0, 1, 2, 5]
-    found = find_sharing(plan, 4, worth=20, per_tile=2)
-    assert (sorted(found.rows[:4]), found.tiles) == ([0, 1, 3, 4], [(0, 2, 8), (2, 2, 8)])
-    assert find_sharing(plan, 4, worth=61, per_tile=8).tiles == []
-    assert find_sharing(plan, 4, worth=20, per_tile=2, most_tiles=1).tiles == []
+    plan = make_plan(4, [(1, 61), (1, 62), (1, 63), (1, 64), (5, 61), (1, 9)])
+    plan = share(share(plan, [0, 1, 2, 3, 4], 2), [2, 3], 15)
+    assert find_sharing(plan, 4, worth=40, per_tile=10) == [Group([3, 2], 60)]
+    assert find_sharing(plan, 4, worth=61, per_tile=10) == []
+    (found,) = find_sharing(plan, 4, worth=32, per_tile=10)
+    assert (sorted(found.rows), found.keys) == ([0, 1, 2, 3, 4], 8), "nine tokens fit one tile instead of five"
+    (found,) = find_sharing(plan, 4, worth=24, per_tile=8, most_tiles=2)
+    assert sorted(found.rows) == [0, 1, 2, 3, 4], "the fifth needs another tile, but is not left alone"
+    assert find_sharing(plan, 4, worth=24, per_tile=8, most_tiles=1) == []
+
+
+def test_prompts_share_what_is_older_than_all_their_new_tokens() -> None:
+    plan = share(make_plan(4, [(3, 40), (9, 40), (2, 41)]), [0, 1, 2], 10)
+    assert find_sharing(plan, 4, worth=1, per_tile=16) == [Group([2, 0, 1], 28)]
+    assert find_sharing(plan, 4, worth=1, per_tile=12) == [Group([2, 0], 36)]
+    assert find_sharing(plan, 4, worth=1, per_tile=1) == [], "rows that fill their tiles save nothing together"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sharing_is_found_exactly_where_some_rows_are_worth_it(seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [(draw.choice((1, 1, draw.randint(2, 9))), draw.randint(10, 60)) for _ in range(4)]
+    plan = make_plan(2, rows)
+    for first in (0, 1, 2):
+        plan = share(plan, [row for row in range(first, 4) if draw.random() < 0.7] or [0], draw.randint(0, 20))
+    worth, per_tile = draw.randint(1, 60), draw.choice((1, 4, 8))
+
+    def saved(group: Sequence[int], keys: int) -> int:
+        needed = [-(-rows[row][0] // per_tile) for row in group]
+        return keys * (sum(needed) - -(-sum(rows[row][0] for row in group) // per_tile))
+
+    def common_keys(group: Sequence[int]) -> int:
+        past = min((rows[row][1] - rows[row][0]) // 2 for row in group)
+        same = (len({plan.pages[row][page] for row in group}) == 1 for page in range(past))
+        return 2 * len(list(itertools.takewhile(bool, same)))
+
+    groups = [group for count in (2, 3, 4) for group in itertools.combinations(range(4), count)]
+    best = max(saved(group, common_keys(group)) for group in groups)
+    found = find_sharing(plan, 2, worth=worth, per_tile=per_tile)
+    assert bool(found) == (best >= worth)
+    for each in found:
+        assert each.keys == common_keys(each.rows)
+        assert saved(each.rows, each.keys) >= worth
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -385,7 +494,7 @@ def test_pages_in_common_are_counted_as_by_looking_at_each(seed: int) -> None:
     other = one[:same] + draw.sample(range(100, 200), draw.randint(0, 9))
     plan = replace(make_plan(1, [(1, len(one) + 1), (1, len(other) + 1)]), pages=[[*one, 300], [*other, 301]])
     found = find_sharing(plan, 1, worth=1, per_tile=8)
-    assert [length for *_, length in found.tiles] == ([same] if same else [])
+    assert [group.keys for group in found] == ([same] if same else [])
 
 
 def test_a_fixed_plan_refuses_steps_that_are_not_of_its_size() -> None:
@@ -411,7 +520,10 @@ def check_attention(
 ) -> None:
     """Against the reference in float32, over pools with NaN behind each row's end; `tokens`: those before padding."""
     q, _, _ = stacked_heads(plan.num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype)
-    k_pool, v_pool = (pool.masked_fill(pool.abs() == FOREIGN, float("nan")) for pool in make_pools(plan, shape, layout))
+    k_pool, v_pool = (
+        pool.float().masked_fill(pool.float().abs() == FOREIGN, float("nan")).to(pool.dtype)
+        for pool in make_pools(plan, shape, layout)
+    )
     scale = shape.head_dim**-0.5
     found = TritonOps(tuning).attention(q, k_pool, v_pool, planned, scale=scale, sliding_window=window)
     wanted = REFERENCE.attention(
@@ -488,6 +600,21 @@ def test_splits_fill_the_chip_and_no_more() -> None:
     assert choose_splits(4, 8, 131072, 132, tuning) == 16
     assert choose_splits(1, 8, 100, 132, tuning) == 1, "one split is no work to reduce"
     assert choose_splits(0, 8, 100, 132, tuning) == 1
+
+
+def test_programs_that_share_keys_leave_little_of_the_chip_idle() -> None:
+    tuning = Tuning(max_splits=32, split_keys=256)
+
+    def choose(tiles: int, keys: int, most: int = 99) -> int:
+        return choose_shared_splits(tiles, 8, keys, 132, most, tuning)
+
+    assert choose(16, 32_000) == 1, "128 programs for 132 cores"
+    assert choose(4, 32_000) == 4
+    assert choose(4, 700) == 2, "no split is shorter than 256 keys"
+    assert choose(1, 10**6) == 16
+    assert choose(40, 10**6) == 1, "results of many programs take memory"
+    assert choose(1, 10**6, 5) == 5
+    assert choose(0, 0) == 1
 
 
 # Sampling.

@@ -282,6 +282,35 @@ class DeviceContract(Collectives):
             rule="attention",
         )
 
+    def test_many_rows_may_share_a_long_prefix(self, device: Device, dtype: torch.dtype) -> None:
+        """Enough keys and rows for a device that reads shared ones once: prompts, decode rows, and some that share
+        another prefix, or none.
+        """
+        shape = shape_of(dtype)
+        page = device.kv_layout(shape).page_size
+        common = max(1, 3 * self.longest // 4 // page)
+        draw = random.Random(0)
+        rows = [
+            (new, common * page + new + draw.randint(0, page)) for new in (1, draw.randint(2, 9)) for _ in range(12)
+        ]
+        rows += [(20, common * page + 20), (3, 5), (1, 2), (self.longest // 2, self.longest)]
+        draw.shuffle(rows)
+        plan = plan_of(page, rows)
+        heads: dict[bool, list[int]] = {}
+        for row, (new, kv_len) in enumerate(rows):
+            if kv_len - new >= common * page:
+                mostly = draw.random() < 0.8
+                own = plan.pages[row]
+                assert isinstance(own, list)
+                own[:common] = heads.setdefault(mostly, own[:common])
+        self.check_close(
+            self._attend(device, plan, shape, None),
+            _reference_attend(device, plan, shape, None),
+            dtype,
+            f"attention of rows (new, length) {rows} that share {common} pages",
+            rule="attention",
+        )
+
     def test_attention_of_many_decode_rows(self, device: Device, dtype: torch.dtype) -> None:
         draw = random.Random(0)
         self.check_attention(device, [(1, draw.randint(1, self.longest)) for _ in range(31)], shape_of(dtype))

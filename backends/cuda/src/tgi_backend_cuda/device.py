@@ -130,9 +130,19 @@ class CudaDevice:
         self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
     ) -> TritonAttentionPlan:
         if bucket is None:
-            made = triton_plan(plan, shape, layout, device=self.torch_device, cores=self._cores, tuning=self.tuning)
             prompts = None if plan.is_decode else self._prompt_attention(shape, layout)
-            return made if prompts is None else CudaAttentionPlan(**_fields(made), prompts=prompts.plan(plan))
+            made = triton_plan(
+                plan,
+                shape,
+                layout,
+                device=self.torch_device,
+                cores=self._cores,
+                tuning=self.tuning,
+                per_tile=None if prompts is None else prompts.per_tile,
+            )
+            if prompts is None:
+                return made
+            return CudaAttentionPlan(**_fields(made), prompts=prompts.plan(plan, made.shared))
         fixed = self._fixed.get(bucket)
         if fixed is None:
             if bucket.num_tokens > bucket.num_rows:

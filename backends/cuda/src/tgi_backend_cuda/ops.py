@@ -18,6 +18,7 @@ from tgi_model_server.device import AttentionShape, HeadNorms, Norm
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import TritonAttentionPlan
+from tgi_model_server.kernels.shared import SharedState, merge_shared
 from tgi_model_server.step import AttentionPlan
 
 
@@ -132,6 +133,16 @@ class CudaOps(TritonOps):
             sliding_window=sliding_window,
         )
 
+    def attend_shared(
+        self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, plan: TritonAttentionPlan, scale: float
+    ) -> SharedState:
+        prompts = plan.prompts if isinstance(plan, CudaAttentionPlan) else None
+        if prompts is not None and plan.shared is not None and prompts.scale == scale:
+            state = prompts.run_shared(q, k_pool, v_pool, plan.shared)
+            if state is not None:
+                return state
+        return super().attend_shared(q, k_pool, v_pool, plan, scale)
+
     def attend_prompts(
         self,
         q: torch.Tensor,
@@ -139,12 +150,20 @@ class CudaOps(TritonOps):
         v_pool: torch.Tensor,
         out: torch.Tensor,
         plan: TritonAttentionPlan,
+        state: SharedState | None,
         *,
         scale: float,
         sliding_window: int | None,
     ) -> None:
         prompts = plan.prompts if isinstance(plan, CudaAttentionPlan) else None
-        if prompts is not None and prompts.scale == scale and not sliding_window:
-            prompts.run(q, k_pool, v_pool, out)
-        else:
-            super().attend_prompts(q, k_pool, v_pool, out, plan, scale=scale, sliding_window=sliding_window)
+        if prompts is None or prompts.scale != scale or sliding_window:
+            super().attend_prompts(q, k_pool, v_pool, out, plan, state, scale=scale, sliding_window=sliding_window)
+            return
+        first, after, _ = prompts.tokens.indices(q.shape[0])
+        lse = None
+        if state is not None:
+            lse = torch.empty((after - first, q.shape[1]), dtype=torch.float32, device=q.device)
+        prompts.run(q, k_pool, v_pool, out, lse)
+        if state is not None and lse is not None:
+            tables = (plan.tiles, plan.query_lens, plan.query_starts)
+            merge_shared(out, lse, first, state, *tables, kv_heads=k_pool.shape[2], tuning=self.tuning)

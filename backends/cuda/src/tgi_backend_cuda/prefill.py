@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 
 from tgi_model_server.device import AttentionShape, KVLayout
+from tgi_model_server.kernels.shared import SharedKeys, SharedState
 from tgi_model_server.plan import StepPlan
 
 log = logging.getLogger(__name__)
 
 _WORKSPACE_BYTES = 256 << 20
 _HEAD_DIMS = (64, 128, 256)
+_FULL = 0.75
+"""Of the chip's cores that must have work on keys that rows share, if it is not to be shared out among more programs.
+"""
 _COMPILE = "import sys; from tgi_backend_cuda.prefill import compile_module; compile_module(*sys.argv[1:])"
 
 
@@ -34,54 +39,96 @@ class PromptAttention:
         from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as Wrapper
 
         self._shape, self._layout, self._device = shape, layout, device
+        self._cores = torch.cuda.get_device_properties(device).multi_processor_count
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         # A plan is copied from pinned memory in the order of the device's work: it must not be overwritten before.
+        # A step has two: of the keys that rows share, and of their own.
         self._wrappers: list[Any] = [
-            Wrapper(workspace, layout.order, backend=_kind(device)) for _ in range(in_flight + 1)
+            Wrapper(workspace, layout.order, backend=_kind(device)) for _ in range(2 * (in_flight + 1))
         ]
         self._next = 0
 
-    def plan(self, plan: StepPlan) -> PlannedPrompts:
-        """Of a step in which some row has several new tokens."""
+    @property
+    def per_tile(self) -> int:
+        """Tokens of a tile, which has those of one head."""
+        return 192 if self._shape.head_dim == 64 else 128
+
+    def plan(self, plan: StepPlan, shared: SharedKeys | None) -> PlannedPrompts:
+        """Of a step in which some row has several new tokens, and what rows of it share."""
         rows = [row for row, query_len in enumerate(plan.query_lens) if query_len > 1]
         # Queries lie in one piece; a row of one token between the others comes along.
-        part = slice(rows[0], rows[-1] + 1)
-        size = self._layout.page_size
-        used = [-(-kv_len // size) for kv_len in plan.kv_lens[part]]
-        pages = [page for own, count in zip(plan.pages[part], used, strict=True) for page in own[:count]]
+        part = range(rows[0], rows[-1] + 1)
+        known = {} if shared is None else {row: group.keys for group in shared.groups for row in group.rows}
+        own = self._plan(
+            [plan.query_lens[row] for row in part],
+            [(plan.pages[row], known.get(row, 0), plan.kv_lens[row]) for row in part],
+            causal=True,
+        )
+        first = sum(plan.query_lens[: rows[0]])
+        tokens = slice(first, first + sum(plan.query_lens[row] for row in part))
+        return PlannedPrompts(own, tokens, self._shape.head_dim**-0.5, self._plan_shared(plan, shared))
+
+    def _plan_shared(self, plan: StepPlan, shared: SharedKeys | None) -> Any:
+        """None where tiles are too few for the chip: nobody else here shares a tile's keys among programs."""
+        if shared is None:
+            return None
+        per_tile = shared.tokens.shape[0] // shared.tiles.shape[0]
+        tokens = (sum(plan.query_lens[row] for row in group.rows) for group in shared.groups)
+        places = [-(-count // per_tile) * per_tile for count in tokens]
+        work = sum(-(-count // self.per_tile) for count in places) * self._shape.num_heads
+        if work < _FULL * self._cores * -(-work // self._cores):
+            return None
+        keys = [(plan.pages[group.rows[0]], 0, group.keys) for group in shared.groups]
+        return self._plan(places, keys, causal=False)
+
+    def _plan(self, query_lens: list[int], keys: list[tuple[Sequence[int], int, int]], *, causal: bool) -> Any:
+        """A wrapper for pieces of queries, each with its pages, the first key, which begins a page, and their end."""
+        size, shape = self._layout.page_size, self._shape
+        used = [(begin // size, -(-end // size)) for _, begin, end in keys]
+        pages = [page for (own, _, _), (first, last) in zip(keys, used, strict=True) for page in own[first:last]]
         wrapper = self._wrappers[self._next]
         self._next = (self._next + 1) % len(self._wrappers)
-        shape = self._shape
         wrapper.plan(
-            _ints([0, *accumulate(plan.query_lens[part])]),
-            _ints([0, *accumulate(used)]),
+            _ints([0, *accumulate(query_lens)]),
+            _ints([0, *accumulate(last - first for first, last in used)]),
             _ints(pages).pin_memory().to(self._device, non_blocking=True),
-            _ints([(kv_len - 1) % size + 1 for kv_len in plan.kv_lens[part]]),
+            _ints([(end - 1) % size + 1 for _, _, end in keys]),
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_dim,
             size,
-            causal=True,
+            causal=causal,
             sm_scale=shape.head_dim**-0.5,
             q_data_type=shape.dtype,
             kv_data_type=shape.kv_dtype,
         )
-        first = sum(plan.query_lens[: rows[0]])
-        tokens = slice(first, first + sum(plan.query_lens[part]))
-        return PlannedPrompts(wrapper, tokens, shape.head_dim**-0.5)
+        return wrapper
 
 
 class PlannedPrompts:
     """One step's plan: `tokens` are the new tokens that it covers, `scale` what their scores are multiplied by."""
 
-    def __init__(self, wrapper: Any, tokens: slice, scale: float) -> None:
-        self._wrapper = wrapper
+    def __init__(self, own: Any, tokens: slice, scale: float, shared: Any = None) -> None:
+        self._own, self._shared = own, shared
         self.tokens = tokens
         self.scale = scale
 
-    def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, out: torch.Tensor) -> None:
-        """q, out [T, heads, head_dim] of the whole step; pools as the layout has them."""
-        self._wrapper.run(q[self.tokens], (k_pool, v_pool), out=out[self.tokens])
+    def run(
+        self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        """q, out [T, heads, head_dim] of the whole step; pools as the layout has them. lse float32 [tokens, heads] gets
+        log2 of the sums of weights.
+        """
+        self._own.run(q[self.tokens], (k_pool, v_pool), out=out[self.tokens], lse=lse, return_lse=lse is not None)
+
+    def run_shared(
+        self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, shared: SharedKeys
+    ) -> SharedState | None:
+        """None where this way does not pay."""
+        if self._shared is None:
+            return None
+        out, lse = self._shared.run(q.index_select(0, shared.tokens), (k_pool, v_pool), return_lse=True)
+        return SharedState(shared.starts, shared.lens, out, lse)
 
 
 def prompt_attention(

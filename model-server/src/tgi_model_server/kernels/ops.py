@@ -11,6 +11,7 @@ from tgi_model_server.kernels.decode import decode
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.plan import TritonAttentionPlan
 from tgi_model_server.kernels.prefill import prefill
+from tgi_model_server.kernels.shared import SharedState, attend_shared
 from tgi_model_server.reference import ReferenceOps, split_heads
 from tgi_model_server.step import AttentionPlan
 
@@ -102,6 +103,9 @@ class TritonOps(ReferenceOps):
         assert isinstance(plan, TritonAttentionPlan)
         k_pool, v_pool = _pages(k_pool, plan.layout), _pages(v_pool, plan.layout)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        # In a window rows do not read the same keys.
+        state = None if sliding_window or plan.shared is None else self.attend_shared(q, k_pool, v_pool, plan, scale)
+        self.attend_prompts(q, k_pool, v_pool, out, plan, state, scale=scale, sliding_window=sliding_window)
         if plan.decode_lens.shape[0]:
             decode(
                 q,
@@ -115,10 +119,16 @@ class TritonOps(ReferenceOps):
                 window=sliding_window,
                 splits=plan.decode_splits,
                 tuning=self.tuning,
-                shared=None if sliding_window else plan.shared,
+                state=state,
             )
-        self.attend_prompts(q, k_pool, v_pool, out, plan, scale=scale, sliding_window=sliding_window)
         return out
+
+    def attend_shared(
+        self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, plan: TritonAttentionPlan, scale: float
+    ) -> SharedState:
+        """The part of `attention` over keys that rows of `plan` share; pools in order NHD."""
+        assert plan.shared is not None
+        return attend_shared(q, k_pool, v_pool, plan.page_table, plan.shared, scale=scale, tuning=self.tuning)
 
     def attend_prompts(
         self,
@@ -127,11 +137,14 @@ class TritonOps(ReferenceOps):
         v_pool: torch.Tensor,
         out: torch.Tensor,
         plan: TritonAttentionPlan,
+        state: SharedState | None,
         *,
         scale: float,
         sliding_window: int | None,
     ) -> None:
-        """The part of `attention` that concerns rows with several new tokens; pools in order NHD. Fills `out`."""
+        """The part of `attention` that concerns rows with several new tokens, from the `state` that what they share
+        left; pools in order NHD. Fills `out` there; the tokens of other rows may get anything.
+        """
         if plan.tiles.shape[0]:
             prefill(
                 q,
@@ -146,6 +159,7 @@ class TritonOps(ReferenceOps):
                 scale=scale,
                 window=sliding_window,
                 tuning=self.tuning,
+                state=state,
             )
 
     def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,12 +13,14 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
+import triton
 
 from tgi_model_server.device import AttentionShape, Bucket, KVLayout
-from tgi_model_server.kernels.decode import SharedKeys, choose_splits, shared_rows
+from tgi_model_server.kernels.decode import choose_splits
 from tgi_model_server.kernels.launch import Tuning
-from tgi_model_server.kernels.prefill import tile_tokens
-from tgi_model_server.kernels.sharing import Sharing, find_sharing
+from tgi_model_server.kernels.shared import SharedKeys, choose_shared_splits
+from tgi_model_server.kernels.sharing import Group, find_sharing
+from tgi_model_server.kernels.tiles import decode_tokens, prefill_tokens
 from tgi_model_server.plan import StepPlan
 
 _ALIGNED = 16
@@ -62,14 +64,16 @@ class _Sizes:
     decode_rows: int
     tiles: int
     shared_tiles: int
+    per_shared: int
+    """Tokens of a tile of those."""
 
     def lengths(self) -> tuple[int, ...]:
-        """Of the buffer's parts: slots, KV lengths, decode lengths, query lengths, query starts, tiles, shared lengths,
-        shared tiles, page table.
+        """Of the buffer's parts: slots, KV lengths, decode lengths, query lengths, query starts, tiles; of `SharedKeys`
+        lengths, starts, tokens, tiles and splits; page table.
         """
-        rows, decode_rows = self.rows, self.decode_rows
-        shared = (decode_rows, 3 * self.shared_tiles)
-        return (self.tokens, rows, decode_rows, rows, rows, 2 * self.tiles, *shared, rows * self.table_pages)
+        rows, shared = self.rows, self.shared_tiles
+        own = (self.tokens, rows, self.decode_rows, rows, rows, 2 * self.tiles)
+        return (*own, rows, rows, shared * self.per_shared, 2 * shared, 1, rows * self.table_pages)
 
     def starts(self) -> list[int]:
         """Where the parts begin, aligned, and where the last one, the page table, ends."""
@@ -87,28 +91,35 @@ def triton_plan(
     device: torch.device,
     cores: int,
     tuning: Tuning,
+    per_tile: int | None = None,
 ) -> TritonAttentionPlan:
-    """A plan of exactly this step, its decode rows first. `cores` are the chip's processors that run programs."""
-    per_tile, per_shared = tile_tokens(shape, tuning), _shared_rows(shape, tuning)
-    sharing = find_sharing(plan, layout.page_size, worth=tuning.shared_keys, per_tile=per_shared)
-    order = sharing.order(sorted(range(len(plan.slots)), key=lambda row: plan.query_lens[row] > 1))
+    """A plan of exactly this step, its decode rows first. `cores` are the chip's processors that run programs.
+
+    `per_tile`: tokens of a tile of who computes the prompts, if it is not `prefill`; rows that fill it share nothing.
+    """
+    per_shared = (decode_tokens if plan.is_decode else prefill_tokens)(shape, tuning)
+    groups = find_sharing(plan, layout.page_size, worth=tuning.shared_keys, per_tile=per_tile or per_shared)
+    order = sorted(range(len(plan.slots)), key=lambda row: plan.query_lens[row] > 1)
     decode_rows = sum(query_len == 1 for query_len in plan.query_lens)
-    tiles = _list_tiles(plan, order, per_tile)
+    tiles = _list_tiles(plan, order, prefill_tokens(shape, tuning))
     longest = max(plan.kv_lens, default=1)
+    shared_tiles = sum(triton.cdiv(_new_tokens(plan, group), per_shared) for group in groups)
     sizes = _Sizes(
         tokens=plan.num_tokens,
         rows=len(order),
         table_pages=_aligned(-(-longest // layout.page_size)),
         decode_rows=decode_rows,
         tiles=len(tiles),
-        shared_tiles=len(sharing.tiles),
+        shared_tiles=shared_tiles,
+        per_shared=per_shared,
     )
+    at_once = _programs_at_once(cores, only_decode=plan.is_decode)
+    shared_splits = _choose_shared_splits(groups, shared_tiles, shape, at_once, tuning.max_splits, tuning)
     buffer, place = _host_buffer(sizes, device), sizes.starts()
-    _fill(buffer.numpy(), sizes, plan, order, tiles, sharing, layout.page_size)
+    _fill(buffer.numpy(), sizes, plan, order, tiles, groups, shared_splits, layout.page_size)
     moved = buffer.to(device, non_blocking=True)
     splits = choose_splits(decode_rows, shape.num_kv_heads, longest, cores, tuning)
-    shared_splits = choose_splits(len(sharing.tiles), shape.num_kv_heads, longest, cores, tuning)
-    return _views(moved, place, sizes, layout, splits, shared_splits if sharing.tiles else 0)
+    return _views(moved, place, sizes, layout, splits, shared_tiles * shared_splits, shared_splits, groups)
 
 
 class FixedPlan:
@@ -130,30 +141,30 @@ class FixedPlan:
         share: bool = True,
     ) -> None:
         """A bucket of as many tokens as rows is for decoding only: it has no prefill tiles. Without `share` no rows
-        read keys together, and the tables always have the step's order.
+        read keys together.
         """
-        self._share = share
         self._layout = layout
-        self._per_tile, self._per_shared = tile_tokens(shape, tuning), _shared_rows(shape, tuning)
-        self._worth = tuning.shared_keys
-        shared_tiles = -(-bucket.num_rows // self._per_shared) + _SPARE_TILES
+        self._shape, self._tuning = shape, tuning
         only_decode = bucket.num_tokens == bucket.num_rows
+        self._at_once = _programs_at_once(cores, only_decode=only_decode)
+        per_shared = (decode_tokens if only_decode else prefill_tokens)(shape, tuning)
+        self._per_tile = prefill_tokens(shape, tuning)
         self._sizes = _Sizes(
             tokens=bucket.num_tokens,
             rows=bucket.num_rows,
             table_pages=_aligned(-(-max_kv_len // layout.page_size)),
             decode_rows=bucket.num_rows,
             tiles=0 if only_decode else bucket.num_tokens // self._per_tile + bucket.num_rows,
-            shared_tiles=shared_tiles,
+            shared_tiles=triton.cdiv(bucket.num_tokens, per_shared) + _SPARE_TILES if share else 0,
+            per_shared=per_shared,
         )
         place = self._sizes.starts()
         self._device = device
         self._buffer = torch.zeros(place[-1], dtype=torch.int32, device=device)
         splits = choose_splits(bucket.num_rows, shape.num_kv_heads, max_kv_len, cores, tuning)
-        self.alone = _views(self._buffer, place, self._sizes, layout, splits, 0)
-        tiles = shared_tiles - _SPARE_TILES
-        shared_splits = choose_splits(tiles, shape.num_kv_heads, max_kv_len, cores, tuning)
-        self.together = _views(self._buffer, place, self._sizes, layout, splits, shared_splits)
+        self.alone = _views(self._buffer, place, self._sizes, layout, splits)
+        self._programs = max(self._sizes.shared_tiles, self._at_once // shape.num_kv_heads) if share else 0
+        self.together = _views(self._buffer, place, self._sizes, layout, splits, self._programs, tuning.max_splits)
 
     def update(self, plan: StepPlan) -> TritonAttentionPlan:
         """Take over `plan`, padded to the bucket; in the order of the current stream, without waiting for it. Returns
@@ -170,32 +181,47 @@ class FixedPlan:
         allowed = sizes.table_pages * self._layout.page_size
         if max(plan.kv_lens) > allowed:
             raise ValueError(f"a row has {max(plan.kv_lens)} tokens; the buffers hold {allowed}.")
-        sharing = Sharing()
-        if self._share:
-            sharing = find_sharing(
+        groups: list[Group] = []
+        if sizes.shared_tiles:
+            groups = find_sharing(
                 plan,
                 self._layout.page_size,
-                worth=self._worth,
-                per_tile=self._per_shared,
+                worth=self._tuning.shared_keys,
+                per_tile=sizes.per_shared,
                 most_tiles=sizes.shared_tiles,
             )
-        order = sharing.order(range(sizes.rows))
+        shared_tiles = sum(triton.cdiv(_new_tokens(plan, group), sizes.per_shared) for group in groups)
+        most = self._programs // max(1, shared_tiles)
+        splits = _choose_shared_splits(groups, shared_tiles, self._shape, self._at_once, most, self._tuning)
+        order = range(sizes.rows)
         tiles = _list_tiles(plan, order, self._per_tile)
         assert len(tiles) <= sizes.tiles, "rows of one token have no tile, and others fill all but their last one"
         # Of the page table, which has room for the longest row that is allowed, only the columns in use travel.
         used = replace(sizes, table_pages=_aligned(-(-max(plan.kv_lens) // self._layout.page_size)))
         # Pinned memory comes from a cache that hands a piece out again only when the copies from it are done.
         staged = _host_buffer(used, self._device)
-        _fill(staged.numpy(), used, plan, order, tiles, sharing, self._layout.page_size)
+        _fill(staged.numpy(), used, plan, order, tiles, groups, splits, self._layout.page_size)
         head = used.starts()[-2]
         self._buffer[:head].copy_(staged[:head], non_blocking=True)
         columns = staged[head:].to(self._device, non_blocking=True)[: used.rows * used.table_pages]
         self.alone.page_table[:, : used.table_pages].copy_(columns.view(used.rows, used.table_pages))
-        return self.together if sharing.tiles else self.alone
+        return self.together if groups else self.alone
 
 
-def _shared_rows(shape: AttentionShape, tuning: Tuning) -> int:
-    return shared_rows(shape.num_heads // shape.num_kv_heads, shape.head_dim, shape.dtype, tuning)
+def _new_tokens(plan: StepPlan, group: Group) -> int:
+    return sum(plan.query_lens[row] for row in group.rows)
+
+
+def _programs_at_once(cores: int, *, only_decode: bool) -> int:
+    """Of those that read shared keys: of tiles as large as prompts' there is room for one on each core."""
+    return 2 * cores if only_decode else cores
+
+
+def _choose_shared_splits(
+    groups: Sequence[Group], tiles: int, shape: AttentionShape, at_once: int, most: int, tuning: Tuning
+) -> int:
+    longest = max((group.keys for group in groups), default=0)
+    return choose_shared_splits(tiles, shape.num_kv_heads, longest, at_once, most, tuning)
 
 
 def _aligned(size: int) -> int:
@@ -223,12 +249,13 @@ def _fill(
     plan: StepPlan,
     order: Sequence[int],
     tiles: list[tuple[int, int]],
-    sharing: Sharing,
+    groups: Sequence[Group],
+    shared_splits: int,
     page_size: int,
 ) -> None:
     """Write every number that a kernel reads into `buffer`, whose contents may be anything."""
     starts = sizes.starts()
-    slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, shared_lens, shared_tiles, table = (
+    slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, *shared, table = (
         buffer[start:end] for start, end in pairwise(starts)
     )
     query_lens[: sizes.rows] = np.fromiter((plan.query_lens[row] for row in order), np.int32, sizes.rows)
@@ -247,22 +274,58 @@ def _fill(
         else:
             at = np.arange(kv_len - query_len, kv_len)
             slots[token : token + query_len] = pages_of_row[place, at // page_size] * page_size + at % page_size
-    shared_lens[: sizes.decode_rows] = 0
-    shared_tiles[: 3 * sizes.shared_tiles] = 0
-    for tile, (first, count, length) in enumerate(sharing.tiles):
-        shared_tiles[3 * tile : 3 * tile + 3] = (first, count, length)
-        shared_lens[first : first + count] = length
+    _fill_shared(shared, sizes, plan, order, groups, first_tokens)
+    shared[-1][:1] = shared_splits
     tile_list[: 2 * sizes.tiles : 2] = -1
     if tiles:
         tile_list[: 2 * len(tiles)] = np.asarray(tiles, np.int32).reshape(-1)
 
 
+def _fill_shared(
+    parts: Sequence[_Ints],
+    sizes: _Sizes,
+    plan: StepPlan,
+    order: Sequence[int],
+    groups: Sequence[Group],
+    first_tokens: npt.NDArray[np.int64],
+) -> None:
+    """Lengths, starts, tokens and tiles of `SharedKeys`."""
+    lens, starts, tokens, tiles, _ = parts
+    lens[:] = 0
+    tiles[:] = 0
+    tile, per_tile = 0, sizes.per_shared
+    rows_at = {row: place for place, row in enumerate(order)} if groups else {}
+    for group in groups:
+        place = tile * per_tile
+        for row in group.rows:
+            after = place + plan.query_lens[row]
+            tokens[place:after] = np.arange(first_tokens[row], first_tokens[row + 1])
+            lens[rows_at[row]] = group.keys
+            starts[rows_at[row]] = place
+            place = after
+        last = triton.cdiv(place, per_tile)
+        tokens[place : last * per_tile] = tokens[place - 1]
+        tiles[2 * tile : 2 * last : 2] = group.keys
+        tiles[2 * tile + 1 : 2 * last : 2] = rows_at[group.rows[0]]
+        tile = last
+
+
 def _views(
-    buffer: torch.Tensor, starts: list[int], sizes: _Sizes, layout: KVLayout, splits: int, shared_splits: int
+    buffer: torch.Tensor,
+    starts: list[int],
+    sizes: _Sizes,
+    layout: KVLayout,
+    splits: int,
+    programs: int = 0,
+    most_splits: int = 1,
+    groups: Sequence[Group] = (),
 ) -> TritonAttentionPlan:
-    """With `shared_splits` 0 nothing is read together."""
+    """Without `programs` for it nothing is read together."""
     parts = [buffer[start : start + length] for start, length in zip(starts, sizes.lengths(), strict=False)]
-    slots, kv_lens, decode_lens, query_lens, query_starts, tiles, shared_lens, shared_tiles, table = parts
+    slots, kv_lens, decode_lens, query_lens, query_starts, tiles, lens, places, tokens, together, split, table = parts
+    shared = None
+    if programs:
+        shared = SharedKeys(tokens, together.view(-1, 2), places, lens, split, programs, most_splits, groups)
     return TritonAttentionPlan(
         layout=layout,
         cache_slots=slots,
@@ -273,5 +336,5 @@ def _views(
         query_starts=query_starts,
         tiles=tiles.view(sizes.tiles, 2),
         decode_splits=splits,
-        shared=SharedKeys(shared_tiles.view(-1, 3), shared_lens, shared_splits) if shared_splits else None,
+        shared=shared,
     )

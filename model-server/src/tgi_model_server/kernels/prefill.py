@@ -11,72 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.device import AttentionShape
 from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
-
-
-@triton.jit
-def attend_tiles(
-    query,
-    k_pool,
-    v_pool,
-    pages,
-    position,
-    largest,
-    total,
-    sums,
-    begin,
-    end,
-    head_offset,
-    pool_page,
-    pool_slot,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One pass over the keys begin .. end - 1; MASKED where a query of the tile may not see one of them."""
-    column = tl.arange(0, BLOCK_D)
-    for start in range(begin, end, BLOCK_N):
-        key_at = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            known = key_at < end
-            page = tl.load(pages + key_at // PAGE, mask=known, other=0).to(tl.int64)
-        else:
-            page = tl.load(pages + key_at // PAGE).to(tl.int64)
-        place = (page * pool_page + key_at % PAGE * pool_slot + head_offset)[:, None] + column[None, :]
-        # What lies behind the row's end may be anything, even NaN, which a weight of 0 would not remove.
-        if MASKED:
-            taken = known[:, None] & (column < HEAD_DIM)[None, :]
-            key = tl.load(k_pool + place, mask=taken, other=0.0).to(query.dtype)
-        elif HEAD_DIM != BLOCK_D:
-            key = tl.load(k_pool + place, mask=(column < HEAD_DIM)[None, :], other=0.0).to(query.dtype)
-        else:
-            key = tl.load(k_pool + place).to(query.dtype)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if MASKED:
-            seen = key_at[None, :] <= position[:, None]
-            if WINDOW:
-                seen = seen & (key_at[None, :] > position[:, None] - WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        # With a window a query may see no key of a tile; -inf minus -inf would be NaN.
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest) if WINDOW else new_largest
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(largest - base)
-        total = total * fade + tl.sum(weights, axis=1)
-        if MASKED:
-            value = tl.load(v_pool + place, mask=taken, other=0.0).to(query.dtype)
-        elif HEAD_DIM != BLOCK_D:
-            value = tl.load(v_pool + place, mask=(column < HEAD_DIM)[None, :], other=0.0).to(query.dtype)
-        else:
-            value = tl.load(v_pool + place).to(query.dtype)
-        sums = tl.dot(weights.to(query.dtype), value, sums * fade[:, None], input_precision="ieee")
-        largest = new_largest
-    return largest, total, sums
+from tgi_model_server.kernels.shared import SharedState
+from tgi_model_server.kernels.tiles import attend_tiles, prefill_tile, shared_beginning
 
 
 @triton.jit
@@ -90,6 +27,10 @@ def prefill_kernel(
     kv_lens,
     query_lens,
     query_starts,
+    state_out,
+    state_lse,
+    shared_starts,
+    shared_lens,
     q_token,
     q_head,
     pool_page,
@@ -101,6 +42,7 @@ def prefill_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,7 +52,8 @@ def prefill_kernel(
 
     A tile has BLOCK_M // GROUP tokens. q [T, heads, HEAD_DIM], a view -> out, contiguous; pools of strides (pool_page,
     pool_slot, pool_head, 1); int32 page_table [rows, table_row], kv_lens, query_lens and query_starts [rows]. `scale`
-    is in units of log2. WINDOW 0 means none.
+    is in units of log2. WINDOW 0 means none. With SHARED rows go on behind their first `shared_lens` keys, from the
+    state that `SharedState` describes.
     """
     row = tl.load(tiles + 2 * tl.program_id(0))
     if row < 0:
@@ -139,13 +82,19 @@ def prefill_kernel(
     position = tl.minimum(kv_len - query_len + offset, latest)
     pages = page_table + row.to(tl.int64) * table_row
     head_offset = kv_head * pool_head
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    begin = 0
+    if SHARED:
+        begin = tl.load(shared_lens + row)
+        place = (tl.load(shared_starts + row) + offset).to(tl.int64) * heads + head
+        largest, total, sums = shared_beginning(state_out, state_lse, place, real & (begin > 0), HEAD_DIM, BLOCK_D)
+    else:
+        largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WINDOW:
         middle = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     else:
-        middle = (earliest + 1) // BLOCK_N * BLOCK_N
+        middle = begin + (earliest + 1 - begin) // BLOCK_N * BLOCK_N
         largest, total, sums = attend_tiles(
             query,
             k_pool,
@@ -155,7 +104,7 @@ def prefill_kernel(
             largest,
             total,
             sums,
-            0,
+            begin,
             middle,
             head_offset,
             pool_page,
@@ -194,17 +143,6 @@ def prefill_kernel(
     tl.store(into, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def tile_rows(group: int, head_dim: int, dtype: torch.dtype, tuning: Tuning) -> int:
-    """BLOCK_M: `tuning.prefill_queries`, or what one token's heads need."""
-    return max(tuning.prefill_queries // shrink(head_dim, dtype), power_of_two(group), SMALLEST_DOT)
-
-
-def tile_tokens(shape: AttentionShape, tuning: Tuning) -> int:
-    """New tokens of a tile, for plans that list tiles."""
-    group = shape.num_heads // shape.num_kv_heads
-    return tile_rows(group, shape.head_dim, shape.dtype, tuning) // group
-
-
 def prefill(
     q: torch.Tensor,
     k_pool: torch.Tensor,
@@ -219,14 +157,17 @@ def prefill(
     scale: float,
     window: int | None,
     tuning: Tuning,
+    state: SharedState | None = None,
 ) -> None:
-    """Fill `out` [T, heads, head_dim], contiguous, at the tokens of `tiles`, which has `tile_tokens` for each.
+    """Fill `out` [T, heads, head_dim], contiguous, at the tokens of `tiles`, which has `prefill_tokens` for each.
 
-    q [T, heads, head_dim], a view; NHD-shaped pools, which may be views; tables as `prefill_kernel` has them.
+    q [T, heads, head_dim], a view; NHD-shaped pools, which may be views; tables as `prefill_kernel` has them. Without a
+    window rows may go on from a `state`.
     """
     assert q.stride(-1) == k_pool.stride(-1) == 1
     assert k_pool.stride() == v_pool.stride()
     assert out.is_contiguous()
+    assert state is None or not window
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_pool.shape[2]
     group = heads // kv_heads
     prefill_kernel[(tiles.shape[0], kv_heads)](
@@ -239,6 +180,7 @@ def prefill(
         kv_lens,
         query_lens,
         query_starts,
+        *((None,) * 4 if state is None else (state.out, state.lse, state.starts, state.lens)),
         q.stride(0),
         q.stride(1),
         k_pool.stride(0),
@@ -250,7 +192,8 @@ def prefill(
         HEAD_DIM=head_dim,
         PAGE=k_pool.shape[1],
         WINDOW=window or 0,
-        BLOCK_M=tile_rows(group, head_dim, q.dtype, tuning),
+        SHARED=state is not None,
+        BLOCK_M=prefill_tile(group, head_dim, q.dtype, tuning),
         BLOCK_N=max(SMALLEST_DOT, tuning.prefill_keys // shrink(head_dim, q.dtype)),
         BLOCK_D=max(SMALLEST_DOT, power_of_two(head_dim)),
         WIDEN=interpreted(),

@@ -1,9 +1,11 @@
-"""Which decode rows of a step begin with the same pages for so long that reading them together pays."""
+"""Which rows of a step begin with the same pages for so long that reading them together pays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
 
 from tgi_model_server.plan import StepPlan
 
@@ -12,72 +14,101 @@ _LEADERS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
-    """Groups of rows. In tables that list rows in `order`, `tiles` says which read what together."""
+class Group:
+    """Rows that share `keys` keys, all of them older than any of the rows' new tokens."""
 
-    rows: list[int] = field(default_factory=list)
-    """Of all groups, one after the other."""
-    tiles: list[tuple[int, int, int]] = field(default_factory=list)
-    """Place of the first row, how many rows, how many keys."""
-
-    def order(self, rows: Iterable[int]) -> list[int]:
-        """`rows`, those of the groups first."""
-        if not self.rows:
-            return list(rows)
-        grouped = set(self.rows)
-        return self.rows + [row for row in rows if row not in grouped]
+    rows: list[int]
+    keys: int
 
 
 def find_sharing(
     plan: StepPlan, page_size: int, *, worth: int, per_tile: int, most_tiles: int | None = None
-) -> Sharing:
-    """Groups of decode rows that save reading `worth` keys or more, cut into tiles of at most `per_tile` rows.
+) -> list[Group]:
+    """Groups of rows that save `worth` or more: the shared keys times the tiles of at most `per_tile` new tokens that
+    need not go through them. Rows that fill their own tiles save nothing.
 
     Pages are shared only where all tokens up to their end are the same, so equal page ids mean equal prefixes.
     """
-    sharing = Sharing()
+    search = _Search(plan, page_size, -(-worth // page_size), per_tile)
+    found: list[Group] = []
+    tiles = 0
     beginnings: dict[int, list[int]] = {}
-    for row, (query_len, kv_len) in enumerate(zip(plan.query_lens, plan.kv_lens, strict=True)):
-        if query_len == 1 and kv_len > page_size:
+    for row, past in enumerate(search.past):
+        if past and plan.query_lens[row]:
             beginnings.setdefault(plan.pages[row][0], []).append(row)
     for rows in beginnings.values():
         leaders = 0
         while len(rows) > 1 and leaders < _LEADERS:
-            group, length = _best_group(plan, rows, page_size)
-            if (len(group) - 1) * length < worth:
+            group = search.best_group(rows)
+            if group is None:
                 leaders, rows = leaders + 1, rows[1:]
                 continue
-            needed = -(-len(group) // per_tile)
-            if most_tiles is not None and len(sharing.tiles) + needed > most_tiles:
-                return sharing
-            for at in range(0, len(group), per_tile):
-                sharing.tiles.append((len(sharing.rows) + at, min(per_tile, len(group) - at), length))
-            sharing.rows.extend(group)
-            taken = set(group)
+            tiles += triton.cdiv(sum(plan.query_lens[row] for row in group.rows), per_tile)
+            if most_tiles is not None and tiles > most_tiles:
+                return found
+            found.append(group)
+            taken = set(group.rows)
             rows = [row for row in rows if row not in taken]
-    return sharing
+    return found
 
 
-def _best_group(plan: StepPlan, rows: Sequence[int], page_size: int) -> tuple[list[int], int]:
-    """The rows that share most with the first one, it included, and how many keys they share."""
-    leader = plan.pages[rows[0]]
-    # The last token's key is always a row's own.
-    limit = (plan.kv_lens[rows[0]] - 1) // page_size
-    common = sorted(
-        (
-            (_common_pages(leader, plan.pages[row], min(limit, (plan.kv_lens[row] - 1) // page_size)), row)
-            for row in rows
-        ),
-        reverse=True,
-    )
-    best = max(range(len(common)), key=lambda last: last * common[last][0])
-    return [row for _, row in common[: best + 1]], common[best][0] * page_size
+class _Search:
+    """What is asked of every row again and again."""
+
+    def __init__(self, plan: StepPlan, page_size: int, worth_pages: int, per_tile: int) -> None:
+        self._page_size, self._worth, self._per_tile = page_size, worth_pages, per_tile
+        self._pages, self._query_lens = plan.pages, plan.query_lens
+        rows = list(zip(plan.query_lens, plan.kv_lens, strict=True))
+        self.past = [(kv_len - query_len) // page_size for query_len, kv_len in rows]
+        """Pages before those of the rows' new tokens."""
+        self._alone = [-(-query_len // per_tile) for query_len, _ in rows]
+        """Tiles of rows that share nothing."""
+
+    def best_group(self, rows: list[int]) -> Group | None:
+        """The rows that are worth most together with the first of `rows`."""
+        leader = self._pages[rows[0]]
+        rows = self._candidates(rows)
+        if not rows:
+            return None
+        common: list[tuple[int, int]] = []
+        parting = limit = self.past[rows[0]]
+        for row in rows:
+            parting = _common_pages(leader, self._pages[row], min(limit, self.past[row]), parting)
+            common.append((parting, row))
+        common.sort(reverse=True)
+        best = most = tokens = alone = 0
+        for last, (pages, row) in enumerate(common):
+            tokens += self._query_lens[row]
+            alone += self._alone[row]
+            saved = (alone - -(-tokens // self._per_tile)) * pages
+            # Of equals the most rows: who is left out goes through all the keys alone, and is waited for.
+            if saved >= most:
+                best, most = last, saved
+        if most < self._worth:
+            return None
+        return Group([row for _, row in common[: best + 1]], common[best][0] * self._page_size)
+
+    def _candidates(self, rows: list[int]) -> list[int]:
+        """Those that share so many pages with the first that all of them together could be worth it."""
+        first, most = rows[0], 0
+        leader = self._pages[first]
+        while len(rows) != most:
+            most = len(rows)
+            # At best one tile is left.
+            needed = -(-self._worth // max(1, sum(self._alone[row] for row in rows) - 1))
+            if self.past[first] < needed:
+                return []
+            mark = leader[needed - 1]
+            rows = [row for row in rows if self.past[row] >= needed and self._pages[row][needed - 1] == mark]
+        return rows if most > 1 else []
 
 
-def _common_pages(one: Sequence[int], other: Sequence[int], limit: int) -> int:
-    """How many of the first `limit` pages are the same. Once two lists part they never meet again."""
+def _common_pages(one: Sequence[int], other: Sequence[int], limit: int, guess: int) -> int:
+    """How many of the first `limit` pages are the same, perhaps `guess`. Once two lists part they never meet again."""
     if limit and one[limit - 1] == other[limit - 1]:
         return limit
+    if 0 < guess < limit and one[guess - 1] == other[guess - 1] and one[guess] != other[guess]:
+        return guess
     low, high = 0, max(limit - 1, 0)
     while low < high:
         middle = (low + high + 1) // 2
