@@ -34,8 +34,8 @@ NATIVE_TOKENS = (1, 2, 4, 8)
 
 
 class CudaOps(TritonOps):
-    """As `TritonOps`; steps of very few tokens go through the native kernels, which read weights faster than the
-    library and overlap each other. Logits come in float32 straight from the product's accumulators.
+    """As `TritonOps`; steps of few tokens go through the native kernels, which read weights faster than the library
+    and overlap each other. Logits come in float32 straight from the product's accumulators.
     """
 
     def __init__(self, tuning: Tuning, native: NativeOps, prepare: Callable[[Iterable[Kernel]], None]) -> None:
