@@ -116,6 +116,7 @@ async def test_prefixes_are_shared_within_a_key_only(start_worker: Callable[...,
 async def test_every_response_has_the_requests_id(worker: Worker, path: str) -> None:
     named = await worker.client.get(path, headers={"x-request-id": "mine-1"})
     assert named.headers["x-request-id"] == "mine-1"
+    assert named.headers["request-id"] == "mine-1"  # where Anthropic's clients look
     other, third = [(await worker.client.get(path)).headers["x-request-id"] for _ in range(2)]
     assert len(other) == 24
     assert other != third

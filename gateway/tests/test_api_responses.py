@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tgi_gateway.testing.recorded import HERMES, PLAIN
+from tgi_gateway.testing.recorded import HERMES, PLAIN, Recorded
 from tgi_gateway.testing.scripted import Script, ScriptedBackend
 from tgi_gateway.testing.worker import FIRST_BYTE, Worker, byte_toy, parse_named_events
 
@@ -157,7 +157,7 @@ async def test_structured_text_is_asked_for_in_this_apis_form(says: Callable[...
         ({"store": True}, "`store` is not supported: this server stores nothing"),
         ({"background": True}, "`background` is not supported"),
         ({"conversation": "c"}, "`conversation` is not supported"),
-        ({"truncation": "auto"}, "`truncation` other than `disabled`"),
+        ({"truncation": "middle"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "`include` of `file_search_call.results`"),
         ({"tools": [{"type": "web_search"}]}, "`tools[0].type` web_search is not supported"),
         ({"tool_choice": {"type": "mcp"}}, "`tool_choice` of type mcp"),
@@ -189,3 +189,48 @@ async def test_a_failure_in_the_middle_is_the_last_event(start_worker: Callable[
     assert events[-1]["type"] == "error"
     assert events[-1]["sequence_number"] == len(events) - 1
     assert "the script ends in a failure" in events[-1]["message"]
+
+
+def turns(count: int) -> list[dict[str, Any]]:
+    """A system message, then questions of 30 tokens with calls and their results."""
+    items: list[dict[str, Any]] = [{"role": "system", "content": "SYS"}]
+    for number in range(count):
+        items.append({"role": "user", "content": f"question {number:02}".ljust(30, ".")})
+        items.append({"type": "function_call", "call_id": f"c{number}", "name": "f", "arguments": "{}"})
+        items.append({"type": "function_call_output", "call_id": f"c{number}", "output": "result"})
+    return [*items, {"role": "user", "content": "the last"}]
+
+
+async def test_truncation_leaves_out_the_oldest_turns_and_no_more(says: Callable[..., Any]) -> None:
+    worker: Worker = await says("Fine.", PLAIN)
+    limit = worker.services.info.max_total_tokens - 16
+    asked = {"input": turns(200), "max_output_tokens": 16, "temperature": 0}
+    assert "must be <=" in await worker.error(RESPONSES, asked)
+    answer = await worker.answer(RESPONSES, asked | {"truncation": "auto"})
+    assert answer["truncation"] == "auto"
+    backend = worker.services.backend
+    assert isinstance(backend, Recorded)
+    ids = backend.asked[-1].input_ids
+    prompt = worker.services.tokenizer.decode(ids, skip_special_tokens=False)
+    head, first, *_ = prompt.split("<user>")
+    assert (head, first[:8]) == ("<system>SYS", "question")
+    assert prompt.endswith("<user>the last")
+    one_turn = len(prompt[prompt.index("<user>question 150") : prompt.index("<user>question 151")])
+    assert limit - one_turn < len(ids) <= limit
+    assert (await worker.answer(RESPONSES, asked | {"input": turns(2), "truncation": "auto"}))["usage"]["input_tokens"] < 200
+
+
+async def test_truncation_cannot_help_a_last_turn_that_does_not_fit(worker: Worker) -> None:
+    too_long = [*turns(3), {"role": "user", "content": "x" * 600}]
+    refused = await worker.error(RESPONSES, {"input": too_long, "truncation": "auto"})
+    assert "Given: 622" in refused
+
+
+async def test_input_tokens_are_those_that_an_answer_counts(says: Callable[..., Any]) -> None:
+    worker: Worker = await says("Fine.", HERMES)
+    asked = {"input": turns(2), "instructions": "Short.", "tools": [TOOL]}
+    settings = {"temperature": 0, "max_output_tokens": 4}
+    counted = await worker.answer(f"{RESPONSES}/input_tokens", asked)
+    assert counted["object"] == "response.input_tokens"
+    answer = await worker.answer(RESPONSES, asked | settings)
+    assert counted["input_tokens"] == answer["usage"]["input_tokens"]

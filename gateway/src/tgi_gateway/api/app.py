@@ -40,6 +40,7 @@ EXPOSED_HEADERS = (
     "x-prompt-tokens",
     "x-generated-tokens",
     "x-request-id",
+    "request-id",
     "retry-after",
 )
 

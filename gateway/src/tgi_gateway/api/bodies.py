@@ -191,6 +191,7 @@ class ImageUrl(Struct):
 
 class TextPart(Struct, tag_field="type", tag="text"):
     text: str
+    prompt_cache_breakpoint: Annotated[Any, Meta(description="Accepted; equal beginnings are found without it.")] = None
 
 
 class RefusalPart(Struct, tag_field="type", tag="refusal"):
@@ -199,6 +200,7 @@ class RefusalPart(Struct, tag_field="type", tag="refusal"):
 
 class ImagePart(Struct, tag_field="type", tag="image_url"):
     image_url: ImageUrl | str
+    prompt_cache_breakpoint: Annotated[Any, Meta(description="Accepted, as in a text.")] = None
 
 
 class AudioPart(Struct, tag_field="type", tag="input_audio"):
@@ -360,6 +362,8 @@ class SamplingBody(Struct, kw_only=True):
     prompt_cache_retention: Annotated[str | None, Meta(description="Accepted; prefixes stay while there is room.")] = (
         None
     )
+    prompt_cache_options: Annotated[Any, Meta(description="Accepted; equal beginnings are found without it.")] = None
+    moderation: Annotated[Any, Meta(description="Refused: this server moderates nothing.")] = None
     prediction: Annotated[Any, Meta(description="Accepted; it could only make the same answer faster.")] = None
 
     def __post_init__(self) -> None:

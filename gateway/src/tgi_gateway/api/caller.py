@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tgi_gateway.telemetry.tracing import RequestSpan, Tracing
 
 HEADER = "x-request-id"
+ANTHROPIC_HEADER = "request-id"
+"""Where Anthropic's clients look for it."""
 TIMEOUT_HEADER = "x-request-timeout"
 """Seconds in which the client wants its whole answer; it can only shorten what the operator allows."""
 PRIORITY_HEADER = "x-request-priority"
@@ -91,7 +93,8 @@ class Identify:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = caller.request_id
+                told = MutableHeaders(scope=message)
+                told[HEADER] = told[ANTHROPIC_HEADER] = caller.request_id
             await send(message)
 
         token = _current.set(caller)

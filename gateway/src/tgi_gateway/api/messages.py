@@ -143,6 +143,8 @@ class CountBody(Struct, kw_only=True):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: Annotated[Any, Meta(description="Accepted; equal beginnings are found without it.")] = None
+    user_profile_id: Annotated[str | None, Meta(description="Accepted; this server keeps no record of users.")] = None
+    workspace_id: Annotated[str | None, Meta(description="Accepted; there is one workspace.")] = None
     speed: Annotated[Any, Meta(description="Accepted; there is one speed.")] = None
     container: Annotated[Any, Meta(description="Refused.")] = None
     mcp_servers: Annotated[Any, Meta(description="Refused.")] = None

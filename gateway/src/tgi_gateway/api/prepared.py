@@ -39,7 +39,9 @@ def choices_of(services: Services, body: SamplingBody, prompts: int = 1, each: i
 
 
 def sampling_of(services: Services, body: SamplingBody, *, logprobs: bool, top_logprobs: int | None) -> Parameters:
-    """What the OpenAI routes have in common, with OpenAI's neutral values taken as such."""
+    """What the OpenAI routes have in common, with OpenAI's neutral values taken as such. Raises `Unsupported`."""
+    if body.moderation is not None:
+        raise Unsupported("`moderation` is not supported: this server moderates nothing")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     greedy = body.temperature == 0.0
     return Parameters(

@@ -33,12 +33,15 @@ from tgi_gateway.api.bodies import (
     ToolCall,
 )
 from tgi_gateway.api.caller import new_id
+from tgi_gateway.api.conversation import prompt_of
 from tgi_gateway.api.errors import OPENAI, OpenAIDialect
 from tgi_gateway.api.generation import Piece
 from tgi_gateway.api.logprobs import TokenLogprob, chat_logprobs
 from tgi_gateway.api.prepared import answered_model
 from tgi_gateway.api.routes import Route
 from tgi_gateway.api.serving import Services
+from tgi_gateway.api.sse import unless_gone
+from tgi_gateway.api.tool_choice import offer_of
 from tgi_gateway.errors import GatewayError, Unsupported, ValidationError
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -68,12 +71,36 @@ class ResponseTool(Struct, kw_only=True):
     strict: bool | None = None
 
 
-class ResponsesBody(Struct, kw_only=True):
-    """Body of `/v1/responses`. Null always means: not given."""
+class ConversationBody(Struct, kw_only=True):
+    """What makes the prompt. Null always means: not given."""
 
-    input: Annotated[str | list[dict[str, Any]], Meta(description="A text, or the items of the conversation so far.")]
     model: Annotated[str | None, Meta(description="Served model, one of its adapters, or `tgi`.")] = None
     instructions: Annotated[str | None, Meta(description="Told to the model before all else.")] = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Annotated[
+        str | dict[str, Any] | None, Meta(description="`none`, `auto`, `required`, a function or allowed tools.")
+    ] = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None, Meta(description="`auto`: leave out the oldest turns if all do not fit.")
+    ] = None
+    previous_response_id: Annotated[str | None, Meta(description="Refused: nothing is stored.")] = None
+    conversation: Annotated[Any, Meta(description="Refused: nothing is stored.")] = None
+
+
+class InputTokensBody(ConversationBody, kw_only=True):
+    """Body of `/v1/responses/input_tokens`."""
+
+    input: Annotated[str | list[dict[str, Any]] | None, Meta(description="As for `/v1/responses`.")] = None
+    personality: Annotated[str | None, Meta(description="Refused: say it in `instructions`.")] = None
+
+
+class ResponsesBody(ConversationBody, kw_only=True):
+    """Body of `/v1/responses`."""
+
+    input: Annotated[str | list[dict[str, Any]], Meta(description="A text, or the items of the conversation so far.")]
     max_output_tokens: U32 | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -83,19 +110,9 @@ class ResponsesBody(Struct, kw_only=True):
     stop: str | list[str] | None = None
     top_logprobs: U32 | None = None
     include: list[str] | None = None
-    tools: list[ResponseTool] | None = None
-    tool_choice: Annotated[
-        str | dict[str, Any] | None, Meta(description="`none`, `auto`, `required`, a function or allowed tools.")
-    ] = None
-    parallel_tool_calls: bool | None = None
-    text: TextConfig | None = None
-    reasoning: ReasoningConfig | None = None
     stream: bool | None = None
     stream_options: Annotated[dict[str, Any] | None, Meta(description="Accepted; events are not padded.")] = None
-    truncation: Annotated[str | None, Meta(description="Only `disabled`.")] = None
     store: Annotated[bool | None, Meta(description="true is refused: nothing is stored.")] = None
-    previous_response_id: Annotated[str | None, Meta(description="Refused: nothing is stored.")] = None
-    conversation: Annotated[Any, Meta(description="Refused: nothing is stored.")] = None
     prompt: Annotated[Any, Meta(description="Refused: nothing is stored.")] = None
     background: Annotated[bool | None, Meta(description="true is refused: nothing is stored.")] = None
     max_tool_calls: Annotated[int | None, Meta(description="Accepted; there are no built-in tools to limit.")] = None
@@ -104,7 +121,13 @@ class ResponsesBody(Struct, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: Annotated[Any, Meta(description="Accepted; equal beginnings are found without it.")] = None
     service_tier: str | None = None
+    background_options: Annotated[Any, Meta(description="Accepted; `background` itself is refused.")] = None
+    image: Annotated[Any, Meta(description="Accepted; there are no images whose context could be compressed.")] = None
+    access_programs: Annotated[Any, Meta(description="Refused: this server knows none.")] = None
+    context_management: Annotated[Any, Meta(description="Refused: use `truncation`.")] = None
+    moderation: Annotated[Any, Meta(description="Refused: this server moderates nothing.")] = None
 
 
 class OutputText(Struct, kw_only=True, tag_field="type", tag="output_text"):
@@ -193,7 +216,7 @@ class ResponseObject(Struct, kw_only=True):
     text: dict[str, Any]
     tool_choice: str | dict[str, Any] = "auto"
     tools: list[ResponseTool] = []
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"] = "disabled"
     service_tier: Literal["default"] = "default"
     user: str | None = None
     safety_identifier: str | None = None
@@ -218,46 +241,56 @@ class ResponseEvent(Struct, kw_only=True):
     logprobs: list[TokenLogprob] | UnsetType = UNSET
 
 
-def _refuse(body: ResponsesBody) -> None:
+class InputTokens(Struct, kw_only=True):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
+def _refuse(body: ConversationBody) -> None:
     for name in ("previous_response_id", "conversation", "prompt"):
-        if getattr(body, name) is not None:
+        if getattr(body, name, None) is not None:
             raise Unsupported(
                 f"`{name}` is not supported: this server stores nothing. Send the whole conversation as `input`"
             )
     for name in ("store", "background"):
-        if getattr(body, name):
+        if getattr(body, name, None):
             raise Unsupported(f"`{name}` is not supported: this server stores nothing. Leave it out or send false")
-    if body.truncation not in (None, "disabled"):
-        raise Unsupported("`truncation` other than `disabled` is not supported; send less of the conversation")
-    for name in body.include or ():
-        if name not in _INCLUDABLE:
-            raise Unsupported(f"`include` of `{name}` is not supported; allowed are {', '.join(_INCLUDABLE)}")
+    for name, instead in _REFUSED.items():
+        if getattr(body, name, None) is not None:
+            raise Unsupported(f"`{name}` is not supported: {instead}")
 
 
-def chat_of(body: ResponsesBody) -> ChatBody:
+_REFUSED = {
+    "access_programs": "this server knows none",
+    "context_management": "this server does not compact conversations; `truncation` leaves out their beginning",
+    "moderation": "this server moderates nothing",
+    "personality": "say it in `instructions`",
+}
+
+
+def chat_of(body: ConversationBody) -> ChatBody:
     """The same as a chat. Raises `ValidationError`, `Unsupported`."""
     _refuse(body)
-    logprobs = _LOGPROBS in (body.include or ())
-    return ChatBody(
-        messages=_Messages(body).all(),
+    assert isinstance(body, ResponsesBody | InputTokensBody)
+    chat = ChatBody(
+        messages=_Messages(body.instructions, body.input or []).all(),
         model=body.model,
-        max_completion_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        seed=body.seed,
-        stop=body.stop,
-        logprobs=logprobs or None,
-        top_logprobs=body.top_logprobs if logprobs else None,
         tools=[_tool(tool, place) for place, tool in enumerate(body.tools or ())] or None,
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_format(body.text),
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
-        stream=body.stream,
-        cache_salt=body.prompt_cache_key,
     )
+    if isinstance(body, ResponsesBody):
+        for name in body.include or ():
+            if name not in _INCLUDABLE:
+                raise Unsupported(f"`include` of `{name}` is not supported; allowed are {', '.join(_INCLUDABLE)}")
+        if _LOGPROBS in (body.include or ()):
+            chat.logprobs, chat.top_logprobs = True, body.top_logprobs
+        chat.max_completion_tokens, chat.stream = body.max_output_tokens, body.stream
+        chat.temperature, chat.top_p, chat.top_k, chat.min_p = body.temperature, body.top_p, body.top_k, body.min_p
+        chat.seed, chat.stop, chat.cache_salt = body.seed, body.stop, body.prompt_cache_key
+    return chat
 
 
 def _tool(tool: ResponseTool, place: int) -> Tool:
@@ -302,21 +335,21 @@ def _format(text: TextConfig | None) -> GrammarBody | None:
 class _Messages:
     """Items of a conversation as messages: what the model said and called in one turn is one message."""
 
-    def __init__(self, body: ResponsesBody) -> None:
-        self._body = body
+    def __init__(self, instructions: str | None, given: str | Sequence[dict[str, Any]]) -> None:
+        self._instructions = instructions
+        self._given = given
         self._messages: list[Message] = []
         self._turn: Message | None = None
         """The assistant's message to which further items of its turn belong."""
         self._thought: str | None = None
 
     def all(self) -> list[Message]:
-        body = self._body
-        if body.instructions:
-            self._say("system", body.instructions)
-        if isinstance(body.input, str):
-            self._say("user", body.input)
+        if self._instructions:
+            self._say("system", self._instructions)
+        if isinstance(self._given, str):
+            self._say("user", self._given)
         else:
-            for place, item in enumerate(body.input):
+            for place, item in enumerate(self._given):
                 self._add(item, f"`input[{place}]`")
         return self._messages
 
@@ -424,6 +457,7 @@ class ResponseAssembler:
             text=text,
             tool_choice=body.tool_choice or "auto",
             tools=body.tools or [],
+            truncation=body.truncation or "disabled",
             user=body.user,
             safety_identifier=body.safety_identifier,
             prompt_cache_key=body.prompt_cache_key,
@@ -551,8 +585,56 @@ def _copy(value: Any) -> Any:
 async def responses(services: Services, request: Request, raw: bytes) -> Response:
     body = bodies.decode_known(raw, ResponsesBody)
     chat = chat_of(body)
+    if body.truncation == "auto":
+        await unless_gone(request.receive, _truncate(services, chat))
     assembler = ResponseAssembler(services, body, chat)
     return await assembly.respond(services, request, "responses", chat, assembler, _Dialect(assembler))
+
+
+async def _truncate(services: Services, chat: ChatBody) -> None:
+    """Leave out the oldest turns, as few as may be, if the conversation does not fit. The newest one stays.
+
+    A turn begins with what the user says: no result is left without its call.
+    """
+    limits = services.openai_limits
+    room = min(limits.max_input_tokens, limits.max_total_tokens - (chat.max_completion_tokens or 1))
+    everything = chat.messages
+    head = everything[:1] if everything and everything[0].role == "system" else []
+    starts = [place for place, message in enumerate(everything) if place and message.role == "user"]
+
+    async def fits(start: int) -> bool:
+        chat.messages = [*head, *everything[start:]]
+        return await _prompt_tokens(services, chat) <= room
+
+    if not starts or await fits(len(head)):
+        return
+    low, high = 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if await fits(starts[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    chat.messages = [*head, *everything[starts[low] :]]
+
+
+async def _prompt_tokens(services: Services, chat: ChatBody) -> int:
+    prompt = await prompt_of(services, chat, offer_of(chat))
+    return len((await services.tokenizer.encode_async(prompt, False)).ids)
+
+
+async def input_tokens(services: Services, request: Request, raw: bytes) -> Response:
+    body = bodies.decode_known(raw, InputTokensBody)
+    chat = chat_of(body)
+
+    async def work() -> InputTokens:
+        if body.truncation == "auto":
+            await _truncate(services, chat)
+        return InputTokens(input_tokens=await _prompt_tokens(services, chat))
+
+    services.metrics.count()
+    count = await unless_gone(request.receive, work())
+    return Response(msgspec.json.encode(count), media_type="application/json")
 
 
 ROUTES = [
@@ -567,5 +649,15 @@ ROUTES = [
         answer=ResponseObject,
         event=ResponseEvent,
         generates=True,
-    )
+    ),
+    Route(
+        path="/v1/responses/input_tokens",
+        handler=input_tokens,
+        dialect=OPENAI,
+        name="count_response_input_tokens",
+        summary="Count the tokens of a conversation",
+        tag="OpenAI",
+        body=InputTokensBody,
+        answer=InputTokens,
+    ),
 ]
