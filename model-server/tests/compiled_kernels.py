@@ -140,7 +140,7 @@ def test_keys_that_rows_share_are_read_with_the_matrix_units(target: str) -> Non
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_prompts_that_share_keys_use_the_matrix_units_too(target: str) -> None:
     tuning = TUNINGS[target[:2]]
-    shared, _, own = build_all(lambda: attend(tuning, [(50, 8050)] * 20, together=True), target)
+    shared, _, own = build_all(lambda: attend(tuning, [(50, 8050)] * 5, together=True), target)
     unit = {"sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}[target]
     assert all(unit in each.assembly and each.spilled_bytes == 0 for each in (shared, own))
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
 from tgi_model_server.kernels.shared import SharedState
-from tgi_model_server.kernels.tiles import attend_tiles, mix_splits, shared_beginning
+from tgi_model_server.kernels.tiles import attend_tiles, mix_splits, shared_beginning, strides
 
 _FEWEST_SPLITS = 8
 """That a reduction has room for."""
@@ -187,8 +187,6 @@ def decode(
     q [T, heads, head_dim], a view; NHD-shaped pools, which may be views; tables as `decode_kernel` has them. Without a
     window rows may go on from a `state`.
     """
-    assert q.stride(-1) == k_pool.stride(-1) == 1
-    assert k_pool.stride() == v_pool.stride()
     assert out.is_contiguous()
     assert state is None or not window
     rows, heads, head_dim = kv_lens.shape[0], q.shape[1], q.shape[2]
@@ -211,12 +209,7 @@ def decode(
         kv_lens,
         query_starts,
         *((None,) * 4 if state is None else (state.out, state.lse, state.starts, state.lens)),
-        q.stride(0),
-        q.stride(1),
-        k_pool.stride(0),
-        k_pool.stride(1),
-        k_pool.stride(2),
-        page_table.stride(0),
+        *strides(q, k_pool, v_pool, page_table),
         splits,
         scale * LOG2E,
         GROUP=group,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
 from tgi_model_server.kernels.shared import SharedState
-from tgi_model_server.kernels.tiles import attend_tiles, prefill_tile, shared_beginning
+from tgi_model_server.kernels.tiles import attend_range, prefill_tile, shared_beginning, strides
 
 
 @triton.jit
@@ -95,29 +95,7 @@ def prefill_kernel(
         middle = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     else:
         middle = begin + (earliest + 1 - begin) // BLOCK_N * BLOCK_N
-        largest, total, sums = attend_tiles(
-            query,
-            k_pool,
-            v_pool,
-            pages,
-            position,
-            largest,
-            total,
-            sums,
-            begin,
-            middle,
-            head_offset,
-            pool_page,
-            pool_slot,
-            scale,
-            HEAD_DIM,
-            PAGE,
-            0,
-            BLOCK_N,
-            BLOCK_D,
-            False,
-        )
-    largest, total, sums = attend_tiles(
+    largest, total, sums = attend_range(
         query,
         k_pool,
         v_pool,
@@ -126,6 +104,7 @@ def prefill_kernel(
         largest,
         total,
         sums,
+        begin,
         middle,
         latest + 1,
         head_offset,
@@ -137,7 +116,6 @@ def prefill_kernel(
         WINDOW,
         BLOCK_N,
         BLOCK_D,
-        True,
     )
     into = out + ((token * heads + head) * HEAD_DIM)[:, None] + column[None, :]
     tl.store(into, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
@@ -164,8 +142,6 @@ def prefill(
     q [T, heads, head_dim], a view; NHD-shaped pools, which may be views; tables as `prefill_kernel` has them. Without a
     window rows may go on from a `state`.
     """
-    assert q.stride(-1) == k_pool.stride(-1) == 1
-    assert k_pool.stride() == v_pool.stride()
     assert out.is_contiguous()
     assert state is None or not window
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_pool.shape[2]
@@ -181,12 +157,7 @@ def prefill(
         query_lens,
         query_starts,
         *((None,) * 4 if state is None else (state.out, state.lse, state.starts, state.lens)),
-        q.stride(0),
-        q.stride(1),
-        k_pool.stride(0),
-        k_pool.stride(1),
-        k_pool.stride(2),
-        page_table.stride(0),
+        *strides(q, k_pool, v_pool, page_table),
         scale * LOG2E,
         GROUP=group,
         HEAD_DIM=head_dim,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
 from tgi_model_server.kernels.sharing import Group
-from tgi_model_server.kernels.tiles import attend_tiles, mix_splits, prefill_tile
+from tgi_model_server.kernels.tiles import attend_range, mix_splits, prefill_tile, strides
 
 _MOST_ROUNDS = 4
 """Of programs, where a tile has several."""
@@ -125,7 +125,7 @@ def shared_kernel(
     position = tl.zeros((BLOCK_M,), tl.int32) + (end - 1)
     head_offset = kv_head * pool_head
     middle = end // BLOCK_N * BLOCK_N
-    largest, total, sums = attend_tiles(
+    largest, total, sums = attend_range(
         query,
         k_pool,
         v_pool,
@@ -135,27 +135,6 @@ def shared_kernel(
         total,
         sums,
         begin,
-        middle,
-        head_offset,
-        pool_page,
-        pool_slot,
-        scale,
-        HEAD_DIM,
-        PAGE,
-        0,
-        BLOCK_N,
-        BLOCK_D,
-        False,
-    )
-    largest, total, sums = attend_tiles(
-        query,
-        k_pool,
-        v_pool,
-        pages,
-        position,
-        largest,
-        total,
-        sums,
         middle,
         end,
         head_offset,
@@ -167,7 +146,6 @@ def shared_kernel(
         0,
         BLOCK_N,
         BLOCK_D,
-        True,
     )
     tl.store(part_lse + part, largest + tl.log2(total), mask=real)
     into = part_out + part[:, None] * HEAD_DIM + column[None, :]
@@ -275,8 +253,6 @@ def attend_shared(
     tuning: Tuning,
 ) -> SharedState:
     """q [T, heads, head_dim], a view; NHD-shaped pools, which may be views."""
-    assert q.stride(-1) == k_pool.stride(-1) == 1
-    assert k_pool.stride() == v_pool.stride()
     places, tiles = shared.tokens.shape[0], shared.tiles.shape[0]
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_pool.shape[2]
     group, tokens = heads // kv_heads, places // tiles
@@ -298,12 +274,7 @@ def attend_shared(
         shared.tiles,
         shared.splits,
         tiles,
-        q.stride(0),
-        q.stride(1),
-        k_pool.stride(0),
-        k_pool.stride(1),
-        k_pool.stride(2),
-        page_table.stride(0),
+        *strides(q, k_pool, v_pool, page_table),
         scale * LOG2E,
         TOKENS=tokens,
         GROUP=group,

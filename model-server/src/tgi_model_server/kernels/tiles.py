@@ -79,6 +79,77 @@ def attend_tiles(
 
 
 @triton.jit
+def attend_range(
+    query,
+    k_pool,
+    v_pool,
+    pages,
+    position,
+    largest,
+    total,
+    sums,
+    begin,
+    middle,
+    end,
+    head_offset,
+    pool_page,
+    pool_slot,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The keys begin .. middle - 1, whole tiles that all queries see, if there is no WINDOW; then middle .. end - 1."""
+    if not WINDOW:
+        largest, total, sums = attend_tiles(
+            query,
+            k_pool,
+            v_pool,
+            pages,
+            position,
+            largest,
+            total,
+            sums,
+            begin,
+            middle,
+            head_offset,
+            pool_page,
+            pool_slot,
+            scale,
+            HEAD_DIM,
+            PAGE,
+            0,
+            BLOCK_N,
+            BLOCK_D,
+            False,
+        )
+    return attend_tiles(
+        query,
+        k_pool,
+        v_pool,
+        pages,
+        position,
+        largest,
+        total,
+        sums,
+        middle,
+        end,
+        head_offset,
+        pool_page,
+        pool_slot,
+        scale,
+        HEAD_DIM,
+        PAGE,
+        WINDOW,
+        BLOCK_N,
+        BLOCK_D,
+        True,
+    )
+
+
+@triton.jit
 def mix_splits(
     part_out,
     part_lse,
@@ -121,6 +192,15 @@ def shared_beginning(
     inside = real[:, None] & (column < HEAD_DIM)[None, :]
     sums = tl.load(state_out + place[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0.0).to(tl.float32)
     return largest, tl.where(real, 1.0, 0.0), sums
+
+
+def strides(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, page_table: torch.Tensor
+) -> tuple[int, int, int, int, int, int]:
+    """What kernels take as q_token, q_head, pool_page, pool_slot, pool_head and table_row, of NHD-shaped pools."""
+    assert q.stride(-1) == k_pool.stride(-1) == 1
+    assert k_pool.stride() == v_pool.stride()
+    return (*q.stride()[:2], *k_pool.stride()[:3], page_table.stride(0))  # type: ignore[return-value]
 
 
 def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, tuning: Tuning) -> int:
