@@ -13,6 +13,7 @@ from tgi_model_server.kernels.ahead import TARGETS, Built, build, launches
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import triton_plan
+from tgi_model_server.kernels.shared import compile_merge
 from tgi_model_server.plan import StepPlan
 
 assert not interpreted(), "interpreted kernels cannot be compiled"
@@ -143,6 +144,12 @@ def test_prompts_that_share_keys_use_the_matrix_units_too(target: str) -> None:
     shared, _, own = build_all(lambda: attend(tuning, [(50, 8050)] * 5, together=True), target)
     unit = {"sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}[target]
     assert all(unit in each.assembly and each.spilled_bytes == 0 for each in (shared, own))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_merge_of_shared_keys_compiles_without_spilling(target: str) -> None:
+    built = build_all(lambda: compile_merge(LLAMA_8B, META, TUNINGS[target[:2]]), target)
+    assert [each.spilled_bytes for each in built] == [0, 0]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

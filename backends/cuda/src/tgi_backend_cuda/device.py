@@ -28,6 +28,7 @@ from tgi_model_server.device import (
 )
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
+from tgi_model_server.kernels.shared import compile_merge
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepInput
@@ -162,7 +163,10 @@ class CudaDevice:
 
     def _prompt_attention(self, shape: AttentionShape, layout: KVLayout) -> PromptAttention | None:
         if shape not in self._prompts:
-            self._prompts[shape] = prompt_attention(shape, layout, self.torch_device, self.pipeline_depth)
+            made = prompt_attention(shape, layout, self.torch_device, self.pipeline_depth)
+            if made is not None:
+                compile_merge(shape, self.torch_device, self.tuning)
+            self._prompts[shape] = made
         return self._prompts[shape]
 
     def buckets(self, limits: StepLimits) -> Sequence[Bucket]:
