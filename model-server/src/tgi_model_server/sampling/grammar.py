@@ -22,6 +22,7 @@ from llguidance.numpy import fill_next_token_bitmask
 from tgi_gateway.errors import ValidationError
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.types import Grammar
+from tgi_model_server.sampling.places import located
 
 Words: TypeAlias = npt.NDArray[np.int32]
 """One bit per token, the lowest first."""
@@ -123,7 +124,10 @@ def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> LLMatcher:
         if not matcher.is_error() and not (first & vocabulary.producible).any():
             raise ValidationError("grammar is not valid: no token of this model can begin it")
     if matcher.is_error():
-        raise ValidationError(f"grammar is not valid: {reason_of(matcher.get_error())}")
+        reason = reason_of(matcher.get_error())
+        if grammar.kind in ("json", "json_schema"):
+            reason = located(reason, json.loads(grammar.source))
+        raise ValidationError(f"grammar is not valid: {reason}")
     return matcher
 
 
