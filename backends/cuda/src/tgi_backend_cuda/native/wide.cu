@@ -7,7 +7,7 @@
 //
 //   N         rows of x, rounded up to 16, 24, 32, 48 or 64
 //   GROUPS    groups of four warps that multiply, with 64 weight rows of a tile each: TILE is 64 * GROUPS
-//   STAGES    units in the ring                      RESIDENT  blocks that a multiprocessor shall have room for
+//   STAGES    units in the ring, which fills a multiprocessor: two blocks of a kernel on one would hold up all others
 //   EPILOGUE  as in `linear.cu`; a gated tile has 8 rows of the gate, the 8 of up that belong to them, and so on
 //   ROTATE    chunks of columns by which each cluster begins behind the one before it
 #include "arithmetic.cuh"
@@ -141,7 +141,7 @@ DEVICE void finish(void *out, float4 sums, Residual residual, const u16 *bias, c
 // of N rows; weight [rows, columns], boxes of TILE rows, or [rows / 8, 2, 8, columns], boxes of TILE / 16, where gated; 64
 // columns each, 128-byte swizzle. bias [rows or 2 rows] or null; out [tokens, rows]. Dynamic shared memory: units
 // [STAGES][STAGE_BYTES], in a cluster of several parts float4 [WARPS][PIECES][32], full [STAGES], empty [STAGES].
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wide(TENSOR_MAP weight, TENSOR_MAP input, const u16 *bias, void *out, u32 tokens, u32 columns, u32 rows) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_rank(), split = cluster_blocks();
     const u32 cluster = blockIdx.x / split, chunks = (columns + CHUNK - 1) / CHUNK, first = chunks * rank / split;

@@ -18,8 +18,8 @@ MAX_NORMED = 16384
 """Columns of a row that one block normalizes in its registers."""
 _CHUNK = 64
 _CHUNK_BYTES = 128
-_RESERVED = 1024
-"""Shared memory of each block that is the system's."""
+_MOST_BLOCKS = 8
+"""Of a cluster, on every Hopper chip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,9 @@ class WideTuning:
     """See `wide.cu`; which values are best is measured."""
 
     groups: int = 1
-    resident: int = 1
     stages: int = 16
     """At most; as many as fit."""
     rotate: int = 5
-    split: int = 8
-    """Blocks that share a tile, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,6 @@ class Wide:
             "EPILOGUE": int(self.epilogue),
             "GROUPS": tuning.groups,
             "STAGES": tuning.stages,
-            "RESIDENT": tuning.resident,
             "ROTATE": tuning.rotate,
         }
         return Kernel("wide", tuple(constants.items()))
@@ -93,11 +89,9 @@ class Wide:
         return stages * (self.tile + self.width) * _CHUNK_BYTES + parts + 2 * stages * 8
 
     def fitted(self, shared_bytes: int) -> Wide:
-        """With as many stages as fit where `resident` blocks share a multiprocessor with each other and small ones."""
-        resident = self.tuning.resident
-        room = shared_bytes if resident == 1 else (shared_bytes - 2 * _RESERVED) // resident - _RESERVED
+        """With as many stages as fit into a block's shared memory, two at least."""
         fitted = self
-        while fitted.shared_bytes(2) > room and fitted.tuning.stages > 2:
+        while fitted.shared_bytes(_MOST_BLOCKS) > shared_bytes and fitted.tuning.stages > 2:
             fitted = replace(fitted, tuning=replace(fitted.tuning, stages=fitted.tuning.stages - 1))
         return fitted
 
@@ -105,7 +99,7 @@ class Wide:
         """Clusters, and blocks of each. A multiprocessor with fewer blocks than others is no loss, one with more is."""
         outputs = self.tile // 2 if self.epilogue == Epilogue.GATED else self.tile
         tiles, chunks = -(-self.rows // outputs), -(-self.columns // _CHUNK)
-        most = min(self.tuning.split, chunks, 4 * self.tuning.groups, multiprocessors // tiles)
+        most = min(_MOST_BLOCKS, chunks, 4 * self.tuning.groups, multiprocessors // tiles)
         if most > 1:
             return tiles, 1 << most.bit_length() - 1
         return -(-tiles // -(-tiles // multiprocessors)), 1
