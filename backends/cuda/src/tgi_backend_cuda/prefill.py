@@ -28,7 +28,9 @@ _HEAD_DIMS = (64, 128, 256)
 _FULL = 0.75
 """Of the chip's cores that must have work on keys that rows share, if it is not to be shared out among more programs.
 """
-_COMPILE = "import os, sys; os.nice(19); from tgi_backend_cuda.prefill import compile_module; compile_module(*sys.argv[1:])"
+_COMPILE = (
+    "import os, sys; os.nice(19); from tgi_backend_cuda.prefill import compile_module; compile_module(*sys.argv[1:])"
+)
 
 
 class PromptAttention:
