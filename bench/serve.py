@@ -149,6 +149,13 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="tgi", help="model name sent to OpenAI routes (default %(default)s)")
     add("--no-ignore-eos", action="store_true", help="let answers end before their length")
     add("--extra", type=_json_object, default={}, metavar="JSON", help="further fields of the body, or of `parameters`")
+    add(
+        "--second-extra",
+        type=_json_object,
+        action="append",
+        metavar="JSON",
+        help="as --extra, of every second request; repeat to give one per --url",
+    )
     add("--header", action="append", default=[], metavar="NAME:VALUE", help="e.g. authorization: Bearer KEY")
     add("--timeout", type=float, default=600.0, help="seconds per request (default %(default)s)")
     add("--seed", type=int, default=0)
@@ -162,6 +169,9 @@ def loads(options: argparse.Namespace) -> list[Load]:
     names: list[Api] = options.api or ["tgi"]
     if len(names) not in (1, len(options.url)):
         raise ValueError(f"{len(names)} --api for {len(options.url)} --url: give one, or one each")
+    seconds: list[dict[str, Any]] = options.second_extra or [{}]
+    if len(seconds) not in (1, len(options.url)):
+        raise ValueError(f"{len(seconds)} --second-extra for {len(options.url)} --url: give one, or one each")
     prompts = PromptMaker(options.seed, options.shared_prefix_tokens, options.tokenizer, options.words)
     count = options.requests + max(options.warmup, 0)
     made = asks(count, prompts, options.input_tokens, options.output_tokens, options.seed)
@@ -175,14 +185,20 @@ def loads(options: argparse.Namespace) -> list[Load]:
             label, url = f"server {index + 1}", text
         api = names[index if len(names) > 1 else 0]
         target = Target.of(url, ROUTES[api], headers)
+        second = {**options.extra, **seconds[index if len(seconds) > 1 else 0]}
         requests = [
             (
                 ask,
                 target.request(
-                    ask.body(api, model=options.model, ignore_eos=not options.no_ignore_eos, extra=options.extra)
+                    ask.body(
+                        api,
+                        model=options.model,
+                        ignore_eos=not options.no_ignore_eos,
+                        extra=second if place % 2 else options.extra,
+                    )
                 ),
             )
-            for ask in made
+            for place, ask in enumerate(made)
         ]
         found.append(Load(report.Measured(label, url, api), Pool(target, options.timeout), requests))
     return found

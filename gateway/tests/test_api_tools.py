@@ -189,6 +189,29 @@ async def test_a_template_without_tools_that_knows_calls_is_told_how_its_family_
     assert f"{begin}{call}the function's name{sep}{{argument name: value}}{end}{finish}" in told
 
 
+PHI = (
+    "{% for m in messages %}{% if m['role'] == 'system' and 'tools' in m and m['tools'] is not none %}"
+    "{{ '<|system|>' + m['content'] + '<|tool|>' + m['tools'] + '<|/tool|><|end|>' }}"
+    "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+async def test_a_template_may_take_the_tools_with_the_system_message(says: Callable[..., Any]) -> None:
+    """Phi-4-mini."""
+    call = '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>'
+    worker: Worker = await says(call, PHI, ("<|tool_call|>", "<|/tool_call|>"))
+    message = (await worker.answer(CHAT, body()))["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    told = (await worker.answer("/chat_tokenize", body()))["templated_text"]
+    tools, _, rest = told.removeprefix("<|system|><|tool|>").partition("<|/tool|>")
+    assert [tool["name"] for tool in json.loads(tools)] == ["weather", "add"]
+    assert rest == "<|end|><|user|>Hi<|end|>"
+    messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "Hi"}]
+    told = (await worker.answer("/chat_tokenize", body(messages=messages)))["templated_text"]
+    assert told.startswith("<|system|>Short.<|tool|>[{")
+    assert "<|tool|>" not in (await worker.answer("/chat_tokenize", body(tools=None)))["templated_text"]
+
+
 async def test_a_template_without_tools_is_told_of_them_in_words(says: Callable[..., Any]) -> None:
     worker: Worker = await says('{"name": "add", "parameters": {"a": 1}}', PLAIN)
     message = (await worker.answer(CHAT, body()))["choices"][0]["message"]

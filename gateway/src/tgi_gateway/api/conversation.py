@@ -117,6 +117,9 @@ def _knows_null(source: str) -> bool:
     return re.search(r"content['\"]?\]?\s+is\s+(not\s+)?none", source) is not None
 
 
+_TOOLS_OF_A_MESSAGE = re.compile(r"""[\w\]](\.tools\b|\[['"]tools['"]\])""")
+
+
 def _told(
     template: ChatTemplate, messages: list[dict[str, Any]], offer: Offer, form: Form, instruction: str | None
 ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
@@ -127,8 +130,12 @@ def _told(
     if "tools" in template.variables(with_tools=True):
         told = tool_prompt.appended(told, f"\n---\n{instruction}") if instruction else told
         return told, [tool.shown() for tool in offer.tools]
-    if "tool_calls" not in template.source(with_tools=True):
+    source = template.source(with_tools=True)
+    if "tool_calls" not in source:
         told = [tool_prompt.as_text(message) for message in told]
+    if _TOOLS_OF_A_MESSAGE.search(source):
+        told = tool_prompt.appended(told, f"\n---\n{instruction}") if instruction else told
+        return tool_prompt.in_system(told, offer.tools), None
     return tool_prompt.in_words(told, offer.tools, instruction or tool_prompt.instruction(form)), None
 
 

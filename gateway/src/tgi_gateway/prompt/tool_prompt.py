@@ -18,6 +18,16 @@ def instruction(form: Form) -> str:
     )
 
 
+def in_system(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
+    """The same with the functions as JSON in `tools` of the first message, which is the system's: Phi-4-mini."""
+    described = json.dumps([tool.shown()["function"] for tool in tools], ensure_ascii=False)
+    told = list(messages)
+    if told[0]["role"] != "system":
+        told.insert(0, {"role": "system", "content": ""})
+    told[0] = {**told[0], "tools": described}
+    return told
+
+
 def in_words(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], how: str) -> list[Mapping[str, Any]]:
     """The same conversation with the tools told in its last message of the user."""
     described = json.dumps([tool.shown() for tool in tools], ensure_ascii=False)

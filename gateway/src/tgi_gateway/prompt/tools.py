@@ -200,6 +200,7 @@ _SIGNS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("command_r", ("<|START_ACTION|>",)),
     ("command_r_plus", ("Action:", "```json", "tool_name")),
     ("phi4", ("<|/tool_call|>",)),
+    ("phi4", ("<|tool|>", "<|/tool|>")),
     ("granite", ("<|tool_call|>",)),
     ("qwen3_coder", ("<tool_call>", "<function=")),
     ("glm", ("<tool_call>", "<arg_key>")),
