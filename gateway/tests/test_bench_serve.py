@@ -489,3 +489,13 @@ def test_a_busy_generator_says_so() -> None:
     own.lags.extend([0.05] * 10)
     assert len(own.warnings()) == 2
     assert serve.Own(cpu_s=0.2, wall_s=1.0).warnings() == []
+
+
+def test_every_second_request_may_have_fields_of_its_own() -> None:
+    arguments = ["--url", "a=http://x:1", "--url", "b=http://x:1", "--requests", "4", "--warmup", "0"]
+    arguments += ["--second-extra", "{}", "--second-extra", '{"seed": 7}']
+    plain, half = serve.loads(serve.parser().parse_args(arguments))
+    assert [b'"seed": 7' in request for _, request in plain.requests] == [False] * 4
+    assert [b'"seed": 7' in request for _, request in half.requests] == [False, True, False, True]
+    with pytest.raises(ValueError, match="2 --second-extra for 1 --url"):
+        serve.loads(serve.parser().parse_args(["--url", "http://x:1", *arguments[-4:]]))
