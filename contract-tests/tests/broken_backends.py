@@ -123,6 +123,16 @@ class RefusesStopStrings(Sound):
             raise ValidationError("stop strings are not supported")
 
 
+class ForgetsStopStrings(Sound):
+    """Whoever names one waits for ever, which only the HTTP surface does."""
+
+    through_http = True
+
+    def submit(self, request: Request) -> None:
+        if not request.stop.stop_strings:
+            super().submit(request)
+
+
 class LeaksOnCancel(Sound):
     through_http = True
 

@@ -16,6 +16,7 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     "Sound": (),
     "SoundThroughHttp": (),
     "RefusesStopStrings": ("test_a_stop_string_ends_the_answer_and_frees_the_engine",),
+    "ForgetsStopStrings": ("test_a_stop_string_ends_the_answer_and_frees_the_engine",),
     "SendsFortyTokensAtATime": (
         "test_tokens_come_as_they_are_made",
         "test_an_engine_does_not_run_ahead_of_a_busy_gateway",

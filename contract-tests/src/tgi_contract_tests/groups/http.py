@@ -191,10 +191,12 @@ class Http(ContractBase):
 
         async def main() -> T:
             async with running_worker(Guest(engine), files) as worker:
-                return await ask(worker)
+                return await asyncio.wait_for(ask(worker), self.patience_s)
 
         try:
             return asyncio.run(main())
+        except TimeoutError:
+            broken("http", f"no answer within {self.patience_s:g} s: does every request end? See `one-ending`")
         except AssertionError as error:  # the worker's own: another status, or a stream that is none
             broken("http", str(error))
 
