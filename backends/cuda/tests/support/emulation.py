@@ -16,8 +16,9 @@ from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Argument
 from tgi_backend_cuda.native.tensor_map import TensorMap, Tiling
 
-_PRELUDE = (Path(__file__).parent / "emulated.h").read_text()
-_COMPILE = ("g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-x", "c++")
+_HERE = Path(__file__).parent
+_PRELUDE = (_HERE / "emulated.h").read_text()
+_COMPILE = ("g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{_HERE}", "-x", "c++")
 
 
 class EmulatedLauncher:
