@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tgi_gateway.api import bodies
+from tgi_gateway.api import decoding
 from tgi_gateway.api.bodies import ChatBody, CompletionBody, GenerateBody
 from tgi_gateway.api.grammars import MAX_CHOICES, MAX_SCHEMA_DEPTH, constraint_of, grammar_of
 from tgi_gateway.errors import Unsupported, ValidationError
@@ -21,12 +21,12 @@ REGEX, LARK, CHOICE = Grammar("regex", "[a-z]+"), Grammar("lark", 'start: "a"'),
 
 def native(grammar: Any) -> Grammar | None:
     raw = json.dumps({"inputs": "a", "parameters": {"grammar": grammar}}).encode()
-    return grammar_of(bodies.decode(raw, GenerateBody).parameters.grammar)
+    return grammar_of(decoding.decode(raw, GenerateBody).parameters.grammar)
 
 
 def chat(**fields: Any) -> Grammar | None:
     raw = json.dumps({"messages": [{"role": "user", "content": "a"}], **fields}).encode()
-    return constraint_of(bodies.decode(raw, ChatBody))
+    return constraint_of(decoding.decode(raw, ChatBody))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_native_forms(given: Any, meant: Grammar | None) -> None:
 def test_forms_of_the_openai_routes(fields: dict[str, Any], meant: Grammar | None) -> None:
     assert chat(**fields) == meant
     raw = json.dumps({"prompt": "a", **fields}).encode()
-    assert constraint_of(bodies.decode(raw, CompletionBody)) == meant
+    assert constraint_of(decoding.decode(raw, CompletionBody)) == meant
 
 
 @pytest.mark.parametrize(

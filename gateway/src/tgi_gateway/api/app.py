@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tgi_gateway.api import bodies, caller, openapi
+from tgi_gateway.api import caller, decoding, openapi
 from tgi_gateway.api.auth import ApiKey
 from tgi_gateway.api.doors import Doors
 from tgi_gateway.api.errors import ClientGone, Rejection, as_gateway_error, error_response, openai_refusal
@@ -124,8 +124,8 @@ def _endpoint(services: Services, route: Route) -> Endpoint:
         if route.body is None:
             return await route.handler(services, request, b"")
         services.doors.enter()
-        bodies.check_content_type(request)
-        return await route.handler(services, request, await bodies.read(request, limit))
+        decoding.check_content_type(request)
+        return await route.handler(services, request, await decoding.read(request, limit))
 
     async def endpoint(request: Request) -> Response:
         deadline = asyncio.timeout_at(caller.current().deadline)

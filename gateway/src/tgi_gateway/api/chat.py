@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import bodies
+from tgi_gateway.api import decoding
 from tgi_gateway.api.answers import CallGrown, CallOpened, Part, Reader, Text, Thought
 from tgi_gateway.api.bodies import ChatBody
 from tgi_gateway.api.caller import new_id
@@ -134,7 +134,7 @@ class ChatTokenizeResponse(Struct, kw_only=True):
 
 
 async def chat(services: Services, request: Request, raw: bytes) -> Response:
-    return await answer(services, request, bodies.decode_known(raw, ChatBody))
+    return await answer(services, request, decoding.decode_known(raw, ChatBody))
 
 
 async def answer(services: Services, request: Request, body: ChatBody) -> Response:
@@ -302,7 +302,7 @@ class _Choice:
 
 
 async def chat_tokenize(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode(raw, ChatBody, strict=services.settings.strict)
+    body = decoding.decode(raw, ChatBody, strict=services.settings.strict)
     services.metrics.count()
     refuse_unknown_wishes(body)
 

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import bodies
+from tgi_gateway.api import decoding
 from tgi_gateway.api.bodies import CompletionBody
 from tgi_gateway.api.caller import new_id
 from tgi_gateway.api.chat import REASONS, OpenAIReason
@@ -145,7 +145,7 @@ def _check_prompt_scores(services: Services, body: CompletionBody) -> None:
 
 
 async def completions(services: Services, request: Request, raw: bytes) -> Response:
-    return await answer(services, request, bodies.decode_known(raw, CompletionBody))
+    return await answer(services, request, decoding.decode_known(raw, CompletionBody))
 
 
 async def answer(services: Services, request: Request, body: CompletionBody) -> Response:

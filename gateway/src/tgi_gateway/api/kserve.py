@@ -13,7 +13,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import bodies, tgi
+from tgi_gateway.api import decoding, tgi
 from tgi_gateway.api.bodies import GenerateBody, InferenceBody, InputTensor
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.routes import Route
@@ -81,7 +81,7 @@ async def model_metadata(_services: Services, request: Request, _raw: bytes) -> 
 
 
 async def infer(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode(raw, InferenceBody, strict=services.settings.strict)
+    body = decoding.decode(raw, InferenceBody, strict=services.settings.strict)
     call = Call(services, "kserve")
     try:
         if len(body.inputs) != len(body.outputs):

@@ -11,7 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import assembly, bodies, caller
+from tgi_gateway.api import assembly, caller, decoding
 from tgi_gateway.api.answers import CallGrown, CallOpened, Part, Text, Thought
 from tgi_gateway.api.assembly import Ending, Event
 from tgi_gateway.api.bodies import (
@@ -448,12 +448,12 @@ def _object(arguments: str) -> dict[str, Any]:
 
 
 async def messages(services: Services, request: Request, raw: bytes) -> Response:
-    chat = chat_of(bodies.decode_known(raw, MessagesBody))
+    chat = chat_of(decoding.decode_known(raw, MessagesBody))
     return await assembly.respond(services, request, "messages", chat, MessageAssembler(services, chat), ANTHROPIC)
 
 
 async def count_tokens(services: Services, request: Request, raw: bytes) -> Response:
-    chat = chat_of(bodies.decode_known(raw, CountBody))
+    chat = chat_of(decoding.decode_known(raw, CountBody))
     refuse_unknown_wishes(chat)
 
     async def work() -> TokenCount:

@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import assembly, bodies
+from tgi_gateway.api import assembly, decoding
 from tgi_gateway.api.answers import CallGrown, CallOpened, Part, Text, Thought
 from tgi_gateway.api.assembly import Ending, Event
 from tgi_gateway.api.bodies import (
@@ -583,7 +583,7 @@ def _copy(value: Any) -> Any:
 
 
 async def responses(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode_known(raw, ResponsesBody)
+    body = decoding.decode_known(raw, ResponsesBody)
     chat = chat_of(body)
     if body.truncation == "auto":
         await unless_gone(request.receive, _truncate(services, chat))
@@ -624,7 +624,7 @@ async def _prompt_tokens(services: Services, chat: ChatBody) -> int:
 
 
 async def input_tokens(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode_known(raw, InputTokensBody)
+    body = decoding.decode_known(raw, InputTokensBody)
     chat = chat_of(body)
 
     async def work() -> InputTokens:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import bodies, chat, completions, tgi
+from tgi_gateway.api import chat, completions, decoding, tgi
 from tgi_gateway.api.bodies import ChatBody, CompatGenerateBody, CompletionBody, SagemakerBody
 from tgi_gateway.api.errors import NATIVE, OPENAI, Dialect, Rejection, error_response
 from tgi_gateway.api.routes import Route
@@ -42,12 +42,12 @@ async def invocations(services: Services, request: Request, raw: bytes) -> Respo
 
 def _variant(raw: bytes, strict: bool) -> tuple[Struct, Answering, Dialect]:
     """Raises `Rejection`, telling why the first body that it might have been is none."""
-    given = bodies.decode(raw, SagemakerBody)
+    given = decoding.decode(raw, SagemakerBody)
     reasons: list[Rejection] = []
     for name, kind, answer, dialect in _VARIANTS:
         if getattr(given, name) is not msgspec.UNSET:
             try:
-                return bodies.decode(raw, kind, strict=strict), answer, dialect
+                return decoding.decode(raw, kind, strict=strict), answer, dialect
             except Rejection as reason:
                 reasons.append(reason)
     if not reasons:

@@ -11,7 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import bodies
+from tgi_gateway.api import decoding
 from tgi_gateway.api.bodies import CompatGenerateBody, DetokenizeBody, GenerateBody, ParametersBody
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.generation import Generation, Piece
@@ -122,14 +122,14 @@ def parameters_of(body: ParametersBody) -> Parameters:
 
 
 async def generate(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode(raw, GenerateBody, strict=services.settings.strict)
+    body = decoding.decode(raw, GenerateBody, strict=services.settings.strict)
     return await _generate(services, request, body)
 
 
 async def compat_generate(services: Services, request: Request, raw: bytes) -> Response:
     """`POST /`: the answer alone is wrapped in a list, and contains the prompt unless told otherwise."""
     return await compat_answer(
-        services, request, bodies.decode(raw, CompatGenerateBody, strict=services.settings.strict)
+        services, request, decoding.decode(raw, CompatGenerateBody, strict=services.settings.strict)
     )
 
 
@@ -143,7 +143,7 @@ async def compat_answer(services: Services, request: Request, body: CompatGenera
 
 async def generate_stream(services: Services, request: Request, raw: bytes) -> Response:
     del request
-    return _stream(services, bodies.decode(raw, GenerateBody, strict=services.settings.strict))
+    return _stream(services, decoding.decode(raw, GenerateBody, strict=services.settings.strict))
 
 
 async def _generate(services: Services, request: Request, body: GenerateBody, *, listed: bool = False) -> Response:
@@ -310,7 +310,7 @@ def _last_events(
 
 
 async def tokenize(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode(raw, GenerateBody, strict=services.settings.strict)
+    body = decoding.decode(raw, GenerateBody, strict=services.settings.strict)
     tokens = await unless_gone(request.receive, simple_tokens(services.tokenizer, body.inputs, True))
     return Response(msgspec.json.encode(tokens), media_type="application/json")
 
@@ -328,7 +328,7 @@ async def simple_tokens(tokenizer: Tokenizer, text: str, add_special_tokens: boo
 
 
 async def detokenize(services: Services, request: Request, raw: bytes) -> Response:
-    body = bodies.decode(raw, DetokenizeBody, strict=services.settings.strict)
+    body = decoding.decode(raw, DetokenizeBody, strict=services.settings.strict)
     size = services.info.vocab_size
     outside = next((token_id for token_id in body.tokens if token_id >= size), None)
     if outside is not None:

@@ -9,7 +9,7 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tgi_gateway.api import bodies, models, prepared, tgi
+from tgi_gateway.api import decoding, models, prepared, tgi
 from tgi_gateway.api.bodies import ChatBody, SagemakerBody, VertexBody, VertexGenerate
 from tgi_gateway.api.errors import NATIVE
 from tgi_gateway.api.routes import Route
@@ -35,7 +35,7 @@ class NoInstances(GatewayError):
 
 async def vertex(services: Services, request: Request, raw: bytes) -> Response:
     strict = services.settings.strict
-    body = bodies.decode(raw, VertexBody, strict=strict)
+    body = decoding.decode(raw, VertexBody, strict=strict)
     instances = [_instance(bytes(each), strict) for each in body.instances]
     call = Call(services, "vertex")
     try:
@@ -54,10 +54,10 @@ async def vertex(services: Services, request: Request, raw: bytes) -> Response:
 
 def _instance(raw: bytes, strict: bool) -> VertexGenerate | ChatBody:
     """Raises `Rejection`."""
-    given = bodies.decode(raw, SagemakerBody)
+    given = decoding.decode(raw, SagemakerBody)
     if given.inputs is not msgspec.UNSET:
-        return bodies.decode(raw, VertexGenerate, strict=strict)
-    return bodies.decode(raw, ChatBody, strict=strict)
+        return decoding.decode(raw, VertexGenerate, strict=strict)
+    return decoding.decode(raw, ChatBody, strict=strict)
 
 
 async def _answer(services: Services, instance: VertexGenerate | ChatBody) -> Answer:
