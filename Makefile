@@ -6,7 +6,7 @@ ARGS ?=
 CONSTRAINTS := docker/constraints/cpu.txt
 DISTRIBUTIONS := gateway model-server backends/cpu demo-model
 DEV_DISTRIBUTIONS := $(DISTRIBUTIONS) backends/cuda contract-tests
-SOURCES := gateway/src model-server/src backends/cpu/src backends/cuda/src backends/llamacpp/src contract-tests/src demo-model/src examples/toy-backend examples/toy-device
+SOURCES := gateway/src model-server/src backends/cpu/src backends/cuda/src backends/llamacpp/src contract-tests/src demo-model/src examples/toy-backend examples/toy-device examples/ray
 LLAMACPP := docker/constraints/llamacpp.txt
 # Of llama.cpp only what the backend uses, for any x86-64 processor since 2013; on others the flags mean nothing.
 LLAMACPP_BUILD := CMAKE_ARGS="-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/docker/llamacpp.cmake -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"
@@ -15,7 +15,7 @@ PIP := .venv/bin/python -m pip
 MANIFESTS := $(CONSTRAINTS) pyproject.toml $(addsuffix /pyproject.toml,$(DEV_DISTRIBUTIONS) backends/llamacpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test chaos test-gpu lint format contract bench proto clean
+.PHONY: help serve test chaos test-ray test-gpu lint format contract bench proto clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,10 @@ format: .venv/dev ## Format the code and mend what can be mended by a tool
 
 chaos: .venv/dev ## Kill, freeze and overload servers for half an hour, and see that nothing is lost
 	CHAOS=20 .venv/bin/python -m pytest tests/chaos $(ARGS)
+
+test-ray: .venv/dev ## Run examples/ray on real Ray, which is installed into .venv; some minutes
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ./examples/ray
+	RAY=1 .venv/bin/python -m pytest tests/test_ray.py $(ARGS)
 
 contract: .venv/dev ## Run the contract against the CPU backend
 	.venv/bin/tgi-contract cpu
