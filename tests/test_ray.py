@@ -28,10 +28,10 @@ from servers import free_port
 pytestmark = [
     pytest.mark.skipif("RAY" not in os.environ, reason="takes minutes and installs Ray: make test-ray"),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: make test-ray"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
 ]
 
-START_S = 400.0
+START_S = 600.0
 WAIT_S = 120.0
 MARK = "tgi-ray-under-test"
 """In the command lines of the servers that are ours."""
@@ -66,7 +66,10 @@ finally:
         "PYTHONPATH": str(Path(__file__).parents[1] / "examples" / "ray"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",  # it would write a token into the user's home
-        "RAY_agent_register_timeout_ms": "300000",  # a slow machine
+        # For machines that are slow or busy.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+        "RAY_health_check_failure_threshold": "50",
     }
     with log.open("wb") as out:
         driver = subprocess.Popen([sys.executable, str(script)], stdout=out, stderr=subprocess.STDOUT, env=environ)

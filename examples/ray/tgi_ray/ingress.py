@@ -20,9 +20,9 @@ from tgi_ray.exposition import merged
 from tgi_ray.messages import OF_A_CONNECTION, Asked, Broken, Down, Head, Taken
 from tgi_ray.prefixes import blocks_of
 
-ROUTED_WITHIN_S = 10.0
+ROUTED_WITHIN_S = 30.0
 """For a replica to take a request; longer means that there is none."""
-ALL_ANSWER_WITHIN_S = 10.0
+ALL_ANSWER_WITHIN_S = 30.0
 LENGTH = b"content-length"
 REQUEST_ID = b"x-request-id"
 """Serve gives every request one before it comes here, and every answer the same."""
