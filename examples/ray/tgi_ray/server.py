@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 from tgi_gateway.errors import StartError
@@ -18,8 +17,8 @@ log = logging.getLogger("ray.serve")
 
 HOST = "127.0.0.1"
 READY_POLL_S = 0.2
-LAST_LINES = 20
-"""Of its log, when it did not start."""
+LAST_BYTES = 4000
+"""Of its log that are told when it did not start."""
 
 
 class Server:
@@ -35,32 +34,30 @@ class Server:
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self._environ = {**inherited, **variables}
         self._stop_s = stop_s
-        self._process: asyncio.subprocess.Process
-        self._log: asyncio.Task[None]
+        self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Return when it takes requests. Raises `StartError`."""
-        await self._launch()
-        self._keeping = asyncio.create_task(self._keep())
+        process = await self._launch()
+        self._keeping = asyncio.create_task(self._keep(process))
 
     async def stop(self) -> None:
         """Let it finish what it has, then end it."""
         if self._keeping is not None:
             self._keeping.cancel()
-        self.url = None
-        if self._process.returncode is None:
-            self._process.terminate()
+        self.url, process = None, self._process
+        if process is not None and process.returncode is None:
+            process.terminate()
             try:
-                await asyncio.wait_for(self._process.wait(), self._stop_s)
+                await asyncio.wait_for(process.wait(), self._stop_s)
             except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+                process.kill()
+                await process.wait()
 
-    async def _launch(self) -> None:
-        last: deque[str] = deque(maxlen=LAST_LINES)
-        port = _free_port()
-        self._process = await asyncio.create_subprocess_exec(
+    async def _launch(self) -> asyncio.subprocess.Process:
+        last, port = bytearray(), _free_port()
+        process = self._process = await asyncio.create_subprocess_exec(
             *self._command,
             "--port",
             str(port),
@@ -68,24 +65,24 @@ class Server:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=self._environ,
-            limit=1 << 20,
         )
-        self._log = asyncio.create_task(_pass_on(self._process, last))
+        self._log = asyncio.create_task(_pass_on(process, last))
         while not await _listens(port):
-            if self._process.returncode is not None:
+            if process.returncode is not None:
                 await self._log
-                code = self._process.returncode
-                raise StartError(f"tgi-gateway {ending(code)} before it was ready:\n" + "\n".join(last))
+                told = last.decode(errors="replace")
+                raise StartError(f"tgi-gateway {ending(process.returncode)} before it was ready:\n{told}")
             await asyncio.sleep(READY_POLL_S)
         self.url = f"http://{HOST}:{port}"
+        return process
 
-    async def _keep(self) -> None:
+    async def _keep(self, process: asyncio.subprocess.Process) -> None:
         """Have one for ever, or tell why not."""
         restarts = Restarts()
         loop = asyncio.get_running_loop()
         ready_at: float | None = loop.time()
         while True:
-            code = await self._process.wait()
+            code = await process.wait()
             self.url = None
             why = f"tgi-gateway {ending(code)}"
             delay_s = restarts.delay_s(None if ready_at is None else loop.time() - ready_at)
@@ -96,20 +93,21 @@ class Server:
             await asyncio.sleep(delay_s)
             ready_at = None
             try:
-                await self._launch()
+                process = await self._launch()
             except StartError as error:
                 log.error("%s", error)
                 continue
             ready_at = loop.time()
 
 
-async def _pass_on(process: asyncio.subprocess.Process, last: deque[str]) -> None:
-    """Its log becomes part of the replica's own, which Ray collects."""
+async def _pass_on(process: asyncio.subprocess.Process, last: bytearray) -> None:
+    """Its log becomes part of the replica's own, which Ray collects; `last` holds the end of it."""
     assert process.stdout is not None
-    while line := await process.stdout.readline():
-        text = line.decode(errors="replace").rstrip()
-        print(text, flush=True)
-        last.append(text)
+    while chunk := await process.stdout.read(1 << 16):
+        sys.stdout.write(chunk.decode(errors="replace"))
+        sys.stdout.flush()
+        last += chunk
+        del last[:-LAST_BYTES]
 
 
 def _free_port() -> int:
