@@ -17,7 +17,10 @@ SOURCES = [
     for folder in ("gateway/src", "model-server/src", "contract-tests/src", *map(str, ROOT.glob("backends/*/src")))
     for path in (ROOT / folder).rglob("*.py")
 ]
-UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "multiprocessing"}
+"""Modules; the queues and pipes of the last one pickle."""
+OBJECTS = re.compile(r"(broadcast|all_gather|gather|scatter|send|recv)_object(_list)?")
+"""Collectives of torch.distributed that pickle."""
 
 
 def rows() -> list[list[str]]:
@@ -45,13 +48,17 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def test_no_source_can_unpickle() -> None:
-    """Neither by a module made for it nor through torch or NumPy, whose loaders do it."""
+    """Neither by a module made for it nor through torch or NumPy, whose loaders and collectives of objects do it."""
     for path, tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 assert not {alias.name.partition(".")[0] for alias in node.names} & UNPICKLERS, path
             elif isinstance(node, ast.ImportFrom):
-                assert (node.module or "").partition(".")[0] not in UNPICKLERS, path
+                package = (node.module or "").partition(".")[0]
+                assert package not in UNPICKLERS, path
+                assert not (package in ("torch", "numpy") and "load" in {alias.name for alias in node.names}), path
+            elif isinstance(node, ast.Attribute) and OBJECTS.fullmatch(node.attr):
+                raise AssertionError(f"{path}:{node.lineno} pickles by {node.attr}")
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
                 owner = node.func.value
                 assert not (isinstance(owner, ast.Name) and owner.id in ("torch", "np", "numpy")), (

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from chaos import SCALE, Outcomes, check, one_stream
 from launched import TOLD_WITHIN_S, launched
 
 FLAGS = ("--backend", "cpu", "--num-shard", "2", "--max-batch-total-tokens", "4096", "--max-concurrent-requests", "16")
+LISTENS = "0A"
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 MODULE = b"tgi_model_server.rank"
 
 pytestmark = pytest.mark.timeout(180 + 60 * SCALE)
@@ -29,6 +32,18 @@ def ranks(engine: int) -> list[int]:
     return found
 
 
+def listening(pids: Iterable[int]) -> set[str]:
+    """Addresses at which these processes take TCP connections, as the kernel writes them."""
+    sockets = {
+        link.removeprefix("socket:[").removesuffix("]")
+        for pid in pids
+        for fd in Path(f"/proc/{pid}/fd").iterdir()
+        if (link := os.readlink(fd)).startswith("socket:[")
+    }
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == LISTENS and row[9] in sockets}
+
+
 async def test_whichever_rank_is_killed_the_group_is_replaced_and_nothing_is_left() -> None:
     with launched(*FLAGS) as gateway:
         await asyncio.to_thread(gateway.wait_for, "Ready at")
@@ -37,6 +52,9 @@ async def test_whichever_rank_is_killed_the_group_is_replaced_and_nothing_is_lef
             engine = gateway.children()["engine_process"]
             groups.add(engine)
             (rank,) = ranks(engine)
+            met_at = listening([engine, rank])
+            assert met_at, "ranks meet somewhere"
+            assert met_at <= LOOPBACK
             outcomes = Outcomes()
             streams = [
                 asyncio.create_task(one_stream(gateway, outcomes, tokens=1000, prompt=f"Tell me {n} stories."))

@@ -35,6 +35,9 @@ class CpuDevice:
         # Without it MKL, inside the attention, rounds differently for different numbers of rows. MKL reads it at its
         # first use.
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+        # oneDNN keeps compiled products for 1,024 shapes, of some 300 kB each, and every number of rows is another one.
+        # It reads this at its first use, too.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         self.torch_device = torch.device("cpu")
         self.ops = CpuOps()
         self._threads = threads

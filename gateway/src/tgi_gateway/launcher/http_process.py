@@ -30,6 +30,7 @@ from tgi_gateway.wire.client import RemoteBackend
 
 LAST_WORDS_S = 2.0
 """For answers that the end of the drain cuts short: how long clients get to read that it did."""
+TICK_S = 1.0
 KEEP_ALIVE_S = 75
 """Longer than the 60 s of common proxies, so that they hang up first and no request meets a closing connection."""
 
@@ -54,6 +55,13 @@ class _Server(uvicorn.Server):
         self._reporter = reporter
         self._services = services
         self._draining: asyncio.Task[None] | None = None
+        self._done = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """uvicorn's, which wakes ten times a second, for a date that changes once."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._done.wait(), TICK_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -76,6 +84,7 @@ class _Server(uvicorn.Server):
             services.generations.close(Unhealthy("The server stopped before the answer was complete; try again"))
             await services.doors.empty(LAST_WORDS_S)
         self.should_exit = True
+        self._done.set()
 
 
 async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
