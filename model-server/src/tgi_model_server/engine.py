@@ -258,7 +258,7 @@ class EngineOutput:
     def _read(self) -> StepResult:
         result = StepResult([], [], endings=self._endings)
         for row, told in self._prompt_scores.items():
-            logprobs, *top = (each.wait().tolist() for each in told)
+            logprobs, *top = [each.wait().tolist() for each in told] or [[]]  # none: a chunk without targets
             result.prompt_logprobs[row] = logprobs
             if top:
                 result.prompt_top[row] = [tuple(zip(*pair, strict=True)) for pair in zip(*top, strict=True)]
