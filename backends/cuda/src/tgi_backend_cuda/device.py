@@ -39,8 +39,8 @@ _FEWEST_SHARING = 4
 _LONG_PROMPTS = 1 << 22
 """Pairs of a new token and a key of a step's prompts, from which on their attention is worth FlashInfer's launches."""
 _LONG_CONTEXT = 8192
-"""Keys of one prompt, from which on the same holds however few its new tokens are: Triton's kernel has one program for a
-tile of the heads that share keys, which took 1.3 ms a layer for 32,000 of them; FlashInfer has one for each head.
+"""Keys of one prompt, from which on the same holds however few its new tokens are: Triton's kernel has one program for
+a tile of the heads that share keys, which took 1.3 ms a layer for 32,000 of them; FlashInfer has one for each head.
 """
 
 
