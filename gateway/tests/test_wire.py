@@ -302,7 +302,7 @@ async def test_capabilities_model_and_capacity_arrive_with_the_welcome(
 
 
 async def test_capacity_that_changes_without_an_event_is_told(engine: ManualBackend, worker: Worker) -> None:
-    engine.free = Capacity(4, 1, 100, 7)
+    engine.free = Capacity(4, 1, 100, 7, 3, 20, 11)
     async with asyncio.timeout(10):
         while worker.backend.capacity() != engine.free:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

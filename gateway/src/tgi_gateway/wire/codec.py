@@ -231,6 +231,8 @@ def encode_capacity(capacity: Capacity) -> pb.Capacity:
         total_kv_tokens=capacity.total_kv_tokens,
         free_kv_tokens=max(capacity.free_kv_tokens, 0),
         preemptions=capacity.preemptions,
+        drafted_tokens=capacity.drafted_tokens,
+        accepted_tokens=capacity.accepted_tokens,
     )
 
 
@@ -241,6 +243,8 @@ def decode_capacity(message: pb.Capacity) -> Capacity:
         total_kv_tokens=message.total_kv_tokens,
         free_kv_tokens=message.free_kv_tokens,
         preemptions=message.preemptions,
+        drafted_tokens=message.drafted_tokens,
+        accepted_tokens=message.accepted_tokens,
     )
 
 

@@ -118,18 +118,22 @@ class Capabilities(_message.Message):
     def __init__(self, features: _Optional[_Iterable[str]] = ..., prefix_cache: bool = ..., batching: bool = ..., max_top_n_tokens: _Optional[int] = ..., batch_invariant: bool = ..., tolerance: _Optional[float] = ...) -> None: ...
 
 class Capacity(_message.Message):
-    __slots__ = ("max_sequences", "free_sequences", "total_kv_tokens", "free_kv_tokens", "preemptions")
+    __slots__ = ("max_sequences", "free_sequences", "total_kv_tokens", "free_kv_tokens", "preemptions", "drafted_tokens", "accepted_tokens")
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     FREE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FREE_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     max_sequences: int
     free_sequences: int
     total_kv_tokens: int
     free_kv_tokens: int
     preemptions: int
-    def __init__(self, max_sequences: _Optional[int] = ..., free_sequences: _Optional[int] = ..., total_kv_tokens: _Optional[int] = ..., free_kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    drafted_tokens: int
+    accepted_tokens: int
+    def __init__(self, max_sequences: _Optional[int] = ..., free_sequences: _Optional[int] = ..., total_kv_tokens: _Optional[int] = ..., free_kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
     __slots__ = ("request_id", "input_ids", "sampling", "stop", "logprobs", "top_n_tokens", "prefill_logprobs", "adapter_id", "cache_salt", "priority", "name", "tenant", "traceparent", "prefill_top_n_tokens")
