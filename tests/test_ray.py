@@ -130,7 +130,7 @@ def generate(url: str, text: str, tokens: int = 4, **more: Any) -> httpx.Respons
 
 
 def endless(tokens: int, text: str = "The quick brown fox") -> dict[str, Any]:
-    return {"inputs": text, "parameters": {"max_new_tokens": tokens, "ignore_eos_token": True}}
+    return {"inputs": text, "parameters": {"max_new_tokens": tokens, "ignore_eos": True}}
 
 
 def test_requests_that_begin_alike_go_to_one_replica(url: str) -> None:
