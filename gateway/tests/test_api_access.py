@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tgi_gateway.api import bodies
+from tgi_gateway.api import decoding
 from tgi_gateway.errors import SettingsError
 from tgi_gateway.keys import KeyFile, Keys
 from tgi_gateway.settings import Settings
@@ -216,7 +216,7 @@ async def test_a_request_that_is_quick_enough_knows_no_limit(start_worker: Calla
 
 
 async def test_a_body_that_does_not_come_is_given_up(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "READ_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(decoding, "READ_TIMEOUT_S", 0.05)
 
     async def dripping() -> AsyncIterator[bytes]:
         yield b'{"inputs": '
