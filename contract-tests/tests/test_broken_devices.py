@@ -18,6 +18,7 @@ ATTENTION = {
     "test_attention_of_head_dims",
     "test_attention_in_a_sliding_window",
     "test_rows_may_share_the_pages_of_a_prefix",
+    "test_many_rows_may_share_a_long_prefix",
 }
 ODD = "test_operations_at_odd_widths"
 CAUGHT_BY: dict[str, set[str]] = {
@@ -40,7 +41,10 @@ CAUGHT_BY: dict[str, set[str]] = {
     "ReadsToTheEndOfThePage": ATTENTION,
     "MixesUpHeadGroups": ATTENTION,
     "DropsTheLastOddColumn": {ODD},
-    "TakesEveryPageForItsOwn": {"test_rows_may_share_the_pages_of_a_prefix"},
+    "TakesEveryPageForItsOwn": {
+        "test_rows_may_share_the_pages_of_a_prefix",
+        "test_many_rows_may_share_a_long_prefix",
+    },
     "AddsNothingUp": {"test_ranks_exchange[2-all_reduce]", "test_ranks_exchange[2-order]"},
     "AddsToOtherBits": {"test_ranks_exchange[2-all_reduce]", "test_ranks_exchange[2-order]"},
     "GathersBackwards": {"test_ranks_exchange[2-all_gather]", "test_ranks_exchange[2-order]"},

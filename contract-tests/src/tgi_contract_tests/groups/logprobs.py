@@ -105,7 +105,10 @@ class Logprobs(ContractBase):
             asked = self.request(self.prompt(engine, length), 1, prefill_logprobs=True, prefill_top_n_tokens=n)
             told = engine.run_one(asked).finished
             top = told.prefill_top
-            demand(len(top) == length, "logprobs", f"{len(top)} lists of top tokens for a prompt of {length} tokens")
+            for what, values_told in (("log-probabilities", told.prefill_logprobs), ("lists of top tokens", top)):
+                demand(
+                    len(values_told) == length, "logprobs", f"{len(values_told)} {what} for a prompt of {length} tokens"
+                )
             demand(top[0] == (), "logprobs", f"the first token of a prompt has top tokens: {top[0]}")
             positions = zip(asked.input_ids[1:], told.prefill_logprobs[1:], top[1:], strict=True)
             for token_id, logprob, best in positions:
