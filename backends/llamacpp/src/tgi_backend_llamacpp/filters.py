@@ -42,12 +42,12 @@ def typical_p(logits: Row, mass: float) -> None:
     logits[nearness < _last_needed(nearness, probabilities, mass)] = -np.inf
 
 
-def most_likely(logits: Row, wanted: int) -> tuple[tuple[int, float], ...]:
-    """Up to `wanted` tokens with their log-probabilities, most likely first."""
+def most_likely(logits: Row, wanted: int, whole: np.float32) -> tuple[tuple[int, float], ...]:
+    """Up to `wanted` tokens with their log-probabilities, most likely first; `whole` is `log_sum_exp` of them all."""
     wanted = min(wanted, len(logits))
     top = np.argpartition(-logits, wanted - 1)[:wanted]
     top = top[np.argsort(-logits[top], kind="stable")]
-    return tuple(zip(top.tolist(), (logits[top] - log_sum_exp(logits)).tolist(), strict=True))
+    return tuple(zip(top.tolist(), (logits[top] - whole).tolist(), strict=True))
 
 
 def draw(logits: Row, uniform: float) -> int:

@@ -131,9 +131,10 @@ class LlamaRunner:
             piece = tokens[begin : begin + OUTPUT_ROWS]
             logits = self._decode(adapter, step, piece, piece)
             for scores, target in zip(logits, targets[begin : begin + len(piece)], strict=False):
-                logprobs.append(float(scores[target] - log_sum_exp(scores)))
+                whole = log_sum_exp(scores)
+                logprobs.append(float(scores[target] - whole))
                 if wanted:
-                    top.append(most_likely(scores, wanted))
+                    top.append(most_likely(scores, wanted, whole))
         last: Row = logits[-1].copy()
         return last
 

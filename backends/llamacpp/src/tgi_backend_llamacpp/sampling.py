@@ -154,9 +154,10 @@ class Sampler:
         if not slot.scored:
             result.logprobs.append(NO_LOGPROB)
             return
-        result.logprobs.append(float(raw[token] - filters.log_sum_exp(raw)))
+        whole = filters.log_sum_exp(raw)
+        result.logprobs.append(float(raw[token] - whole))
         if slot.request.top_n_tokens:
-            result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens)
+            result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens, whole)
 
 
 def _penalize(

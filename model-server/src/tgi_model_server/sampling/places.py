@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,9 +38,9 @@ def located(reason: str, schema: object) -> str:
 
 def _keywords(schema: object) -> Iterator[tuple[str, str, Any]]:
     """Place, name and value of every keyword; no recursion, as a client's schema may be deep."""
-    todo: list[tuple[str, object]] = [("#", schema)]
+    todo: deque[tuple[str, object]] = deque([("#", schema)])
     while todo:
-        at, inner = todo.pop(0)
+        at, inner = todo.popleft()
         if isinstance(inner, list):
             todo += [(f"{at}/{place}", each) for place, each in enumerate(inner)]
         elif isinstance(inner, dict):

@@ -134,21 +134,19 @@ class Sampler:
         if batch is None or batch.slots != slots:
             batch = self._batch = _Batch(slots, [self._slots[slot] for slot in slots], self._device)
         # Log-probabilities are the model's own, before anything that a request changes.
-        best = self._greedy(logits) if batch.drawn is None or batch.scored else None
-        raw = logits
-        if masks is not None or batch.changes_logits or not all(plan.allow_eos):
+        best = self._greedy(logits) if batch.scored else None
+        raw, changed = logits, masks is not None or batch.changes_logits or not all(plan.allow_eos)
+        if changed:
             if batch.scored:
                 raw = logits.clone()
             self._process(logits, batch, plan)
             if masks is not None:
                 _forbid(logits, masks)
-            tokens = self._choose(logits, batch, plan.output_lens, None)
-        else:
-            tokens = self._choose(logits, batch, plan.output_lens, best)
+        tokens = self._choose(logits, batch, plan.output_lens, None if changed else best)
         self.last_tokens.index_copy_(0, batch.slot_ids, tokens)
         if batch.penalized is not None:
             self._counts.add(batch.penalized.slot_ids, tokens.index_select(0, batch.penalized.rows))
-        if not batch.scored or best is None:
+        if best is None:
             return Sampled(tokens)
         logprobs = batch.of_scored(raw.gather(1, tokens[:, None])[:, 0] - best[1])
         if not batch.largest_top:
