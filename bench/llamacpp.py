@@ -3,9 +3,10 @@
     python bench/llamacpp.py                      # a random model of 44 M parameters, in Q8_0
     python bench/llamacpp.py --model some.gguf --threads 8
 
-All have the same file and as many threads. Bare loop and gateway are measured in turns, so that a change of the
-machine's mood meets both; the best of each counts. The other server runs by itself, at its best setting: it does not
-cut running streams off, and its threads never sleep. It needs `pip install "llama-cpp-python[server]"`, and is left
+All have the same file and as many threads. Bare loop and gateway are measured in turns, each first in every second
+round, so that a change of the machine's mood meets both: what counts is the median of what they are to each other in a
+round. The other server runs by itself, at its best setting: it does not cut running streams off, and its threads never
+sleep. It needs `pip install "llama-cpp-python[server]"`, and is left
 out without.
 """
 
@@ -18,6 +19,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--prompt", type=int, default=1024, metavar="N", help="tokens of the long prompt (default 1024)"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="the best counts (default 3)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="the median counts (default 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="tgi-bench-") as scratch:
@@ -102,40 +104,37 @@ def random_model(folder: Path) -> Path:
     return target
 
 
-def measure(options: argparse.Namespace, model: Path, log: Path) -> dict[str, dict[str, float]]:
-    """Workload -> who -> tokens/s."""
+def measure(options: argparse.Namespace, model: Path, log: Path) -> dict[str, dict[str, list[float]]]:
+    """Workload -> who -> tokens/s in each round."""
     loads = {"1 stream": 1, f"{options.streams} streams": options.streams}
-    figures: dict[str, dict[str, float]] = {name: {} for name in (*loads, "prompt")}
-
-    def keep(load: str, who: str, rate: float) -> None:
-        figures[load][who] = max(rate, figures[load].get(who, 0.0))
-
+    figures: dict[str, dict[str, list[float]]] = {name: {} for name in (*loads, "prompt")}
     flags = ["--backend", "llamacpp", "--model-id", str(model), "--n-threads", str(options.threads)]
     flags += ["--max-batch-prefill-tokens", str(STEP_TOKENS), "--max-batch-total-tokens", "8192"]
     flags += ["--max-total-tokens", "4096", "--json-output"]
     with serve(flags, log, environ={"LOG_LEVEL": "warn"}, timeout_s=READY_S) as ours, bare_loop(model, options) as bare:
+
+        def turn(load: str, who: str, number: int) -> float:
+            if who == "bare":
+                work = ("decode", loads[load]) if load in loads else ("prompt", options.prompt)
+                return ask(bare, (*work, number))
+            if load in loads:
+                return asyncio.run(streamed(ours.url, "/generate_stream", loads[load], options.tokens, number))
+            return prompt_rate(ours.url, options.prompt, number)
+
         for number in range(options.rounds + 1):  # the first warms up
-            for load, streams in loads.items():
-                for who, rate in (
-                    ("bare", ask(bare, ("decode", streams, number))),
-                    ("ours", asyncio.run(streamed(ours.url, "/generate_stream", streams, options.tokens, number))),
-                ):
+            for load, rates in figures.items():
+                for who in ("bare", "ours") if number % 2 else ("ours", "bare"):
+                    rate = turn(load, who, number)
                     if number:
-                        keep(load, who, rate)
-            for who, rate in (
-                ("bare", ask(bare, ("prompt", options.prompt, number))),
-                ("ours", prompt_rate(ours.url, options.prompt, number)),
-            ):
-                if number:
-                    keep("prompt", who, rate)
+                        rates.setdefault(who, []).append(rate)
     if importlib.util.find_spec("sse_starlette") is None:
         print("llama_cpp.server is left out: its packages are not installed", file=sys.stderr)
         return figures
     with other_server(model, options, log) as url:
-        for number in range(2):
+        for number in range(3):
             for load, streams in loads.items():
                 rate = asyncio.run(streamed(url, "/v1/completions", streams, options.tokens, number))
-                keep(load, "llama_cpp.server", rate)
+                figures[load].setdefault("llama_cpp.server", []).append(rate)
     return figures
 
 
@@ -288,11 +287,16 @@ def table(document: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for load, rates in document["figures"].items():
-        bare, ours, other = (rates.get(who) for who in ("bare", "ours", "llama_cpp.server"))
-        part = f"{ours / bare:.2f}" if ours and bare else ""
-        times = f"{ours / other:.1f}" if ours and other else ""
-        cells = [load, *(f"{rate:.0f}" if rate else "" for rate in (bare, ours)), part, str(TARGETS.get(load, ""))]
-        lines.append(f"| {' | '.join([*cells, f'{other:.0f}' if other else '', times])} |")
+        bare, ours = rates["bare"], rates["ours"]
+        other = rates.get("llama_cpp.server")
+        part = statistics.median(mine / theirs for mine, theirs in zip(ours, bare, strict=True))
+        cells = [load, *(f"{statistics.median(each):.0f}" for each in (bare, ours)), f"{part:.2f}"]
+        cells.append(str(TARGETS.get(load, "")))
+        if other:
+            cells += [f"{max(other):.0f}", f"{statistics.median(ours) / max(other):.1f}"]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

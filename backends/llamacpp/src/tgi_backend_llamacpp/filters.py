@@ -5,12 +5,16 @@ The same rules as those of the torch engine (`tgi_model_server.sampling.filters`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import log
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Row: TypeAlias = npt.NDArray[np.float32]
+Logits: TypeAlias = npt.NDArray[np.float32]
+"""[rows, vocabulary]"""
 
 _CANDIDATES = 256
 _BLOCK = 256
@@ -42,12 +46,12 @@ def typical_p(logits: Row, mass: float) -> None:
     logits[nearness < _last_needed(nearness, probabilities, mass)] = -np.inf
 
 
-def most_likely(logits: Row, wanted: int, whole: np.float32) -> tuple[tuple[int, float], ...]:
-    """Up to `wanted` tokens with their log-probabilities, most likely first; `whole` is `log_sum_exp` of them all."""
+def most_likely(logits: Row, wanted: int, whole: float) -> tuple[tuple[int, float], ...]:
+    """Up to `wanted` tokens with their log-probabilities, most likely first; `whole` is of `log_sums`."""
     wanted = min(wanted, len(logits))
     top = np.argpartition(-logits, wanted - 1)[:wanted]
     top = top[np.argsort(-logits[top], kind="stable")]
-    return tuple(zip(top.tolist(), (logits[top] - whole).tolist(), strict=True))
+    return tuple(zip(top.tolist(), (logits[top] - np.float32(whole)).tolist(), strict=True))
 
 
 def draw(logits: Row, uniform: float) -> int:
@@ -75,12 +79,20 @@ def softmax(logits: Row) -> Row:
 
 
 def log_softmax(logits: Row) -> Row:
-    return logits - log_sum_exp(logits)
+    (whole,) = log_sums(logits[None], [logits.max().item()])
+    return logits - np.float32(whole)
 
 
-def log_sum_exp(logits: Row) -> np.float32:
-    most = logits.max()
-    return np.float32(most + np.log(np.exp(logits - most).sum()))
+def log_sums(logits: Logits, highest: Sequence[float]) -> list[float]:
+    """Of each row of float32 logits [rows, vocabulary]: the logarithm of the sum of exponentials, by its `highest`.
+
+    Few calls into NumPy: after a step nothing of it is in the processor's caches, and each costs more than the
+    arithmetic.
+    """
+    shifted = np.subtract(logits, np.array(highest, np.float32)[:, None])
+    np.exp(shifted, shifted)
+    sums: list[float] = np.add.reduce(shifted, 1).tolist()
+    return [most + log(one) for most, one in zip(highest, sums, strict=True)]
 
 
 def _last_needed(score: Row, probabilities: Row, mass: float) -> np.float32:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tgi_backend_llamacpp.filters import Row, log_sum_exp, most_likely
+from tgi_backend_llamacpp.filters import Logits, Row, log_sums, most_likely
 from tgi_backend_llamacpp.native import Context, Indices, Model
-from tgi_backend_llamacpp.sampling import Logits, Sampler
+from tgi_backend_llamacpp.sampling import Sampler
 from tgi_backend_llamacpp.sequences import SequenceMap
 from tgi_gateway.errors import ValidationError
 from tgi_gateway.types import Request
@@ -130,8 +130,8 @@ class LlamaRunner:
         for begin in range(0, len(tokens), OUTPUT_ROWS):
             piece = tokens[begin : begin + OUTPUT_ROWS]
             logits = self._decode(adapter, step, piece, piece)
-            for scores, target in zip(logits, targets[begin : begin + len(piece)], strict=False):
-                whole = log_sum_exp(scores)
+            wholes = log_sums(logits, logits.max(1).tolist())
+            for scores, whole, target in zip(logits, wholes, targets[begin : begin + len(piece)], strict=False):
                 logprobs.append(float(scores[target] - whole))
                 if wanted:
                     top.append(most_likely(scores, wanted, whole))

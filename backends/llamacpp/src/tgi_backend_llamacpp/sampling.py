@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_backend_llamacpp import filters
-from tgi_backend_llamacpp.filters import Row
+from tgi_backend_llamacpp.filters import Logits, Row
 from tgi_gateway.errors import BackendFailed
 from tgi_gateway.types import NO_LOGPROB, Request, SamplingParams
 from tgi_model_server.plan import StepPlan, StepResult
@@ -21,8 +21,6 @@ from tgi_model_server.runner import StepOutput
 from tgi_model_server.sampling.grammar import Constraint
 from tgi_model_server.sampling.masks import Masks, PendingMasks, RowMasks
 from tgi_model_server.sampling.uniform import uniform
-
-Logits = npt.NDArray[np.float32]
 
 NOT_A_NUMBER = "the model computes what is no number: its file is damaged, or its values exceed their type"
 
@@ -105,9 +103,15 @@ class Sampler:
             assert masks.forbidden is not None, "masks of steps that are done at once come unpacked"
             forbidden = dict(zip(masks.rows, masks.forbidden[:, : self._vocab_size], strict=True))
         best = logits.argmax(1).tolist()
-        for index, row in enumerate(plan.sample_rows):
-            slot, raw = self._slots[plan.slots[row]], logits[index]
-            if not isfinite(raw[best[index]]):  # the maximum is NaN if any is
+        highest = [logits.item(place) for place in enumerate(best)]
+        sound = [isfinite(most) for most in highest]  # a maximum is NaN if any is
+        slots = [self._slots[plan.slots[row]] for row in plan.sample_rows]
+        wholes: Sequence[float] = ()
+        if all(sound) and any(slot.scored for slot in slots):
+            wholes = filters.log_sums(logits, highest)
+        for index, (row, slot) in enumerate(zip(plan.sample_rows, slots, strict=True)):
+            raw = logits[index]
+            if not sound[index]:
                 result.endings[index] = BackendFailed(NOT_A_NUMBER)
                 result.token_ids.append(best[index])
                 result.logprobs.append(NO_LOGPROB)
@@ -121,7 +125,13 @@ class Sampler:
             if slot.counts is not None and slot.repeated is not None:
                 slot.counts[token] += 1
                 slot.repeated[token] = True
-            self._score(result, index, slot, raw, token)
+            if not slot.scored:
+                result.logprobs.append(NO_LOGPROB)
+                continue
+            whole = wholes[index] if wholes else filters.log_sums(raw[None], highest[index : index + 1])[0]
+            result.logprobs.append(raw.item(token) - whole)  # of the model's own distribution
+            if slot.request.top_n_tokens:
+                result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens, whole)
         return result
 
     def _choose(
@@ -148,16 +158,6 @@ class Sampler:
         if sampling.typical_p < 1.0:
             filters.typical_p(logits, sampling.typical_p)
         return filters.draw(logits, uniform(sampling.seed, output_len))
-
-    def _score(self, result: StepResult, index: int, slot: _Slot, raw: Row, token: int) -> None:
-        """Log-probabilities of the model's own distribution, for those who asked."""
-        if not slot.scored:
-            result.logprobs.append(NO_LOGPROB)
-            return
-        whole = filters.log_sum_exp(raw)
-        result.logprobs.append(float(raw[token] - whole))
-        if slot.request.top_n_tokens:
-            result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens, whole)
 
 
 def _penalize(
