@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ grammars = st.none() | st.builds(
 requests = st.builds(
     Request,
     request_id=request_ids,
-    input_ids=st.lists(token_ids).map(tuple),
+    input_ids=st.lists(st.integers(0, 2**31 - 1)).map(lambda ids: array("i", ids)),
     sampling=st.builds(
         SamplingParams,
         do_sample=st.booleans(),
@@ -193,6 +194,12 @@ steps = st.builds(
 def test_a_request_crosses_unchanged(sent: Request) -> None:
     message = pb.Request.FromString(encode_request(sent).SerializeToString())
     assert decode_request(message) == sent
+
+
+def test_ids_cross_from_any_sequence_and_the_32nd_bit_makes_them_nobodys() -> None:
+    for sent, got in (((7, 2**31 - 1), [7, 2**31 - 1]), ([5], [5]), ((2**32 - 1,), [-1])):
+        message = pb.Request.FromString(encode_request(replace(request(1), input_ids=sent)).SerializeToString())
+        assert list(decode_request(message).input_ids) == got
 
 
 @given(steps, st.none() | st.builds(Capacity, counts, counts, counts, counts, counts))
@@ -274,7 +281,8 @@ async def test_the_socket_of_a_living_host_is_not_taken_over(server: WireServer,
 async def test_a_request_reaches_the_engine_and_its_step_comes_back_as_one_message(
     engine: ManualBackend, worker: Worker
 ) -> None:
-    sent = replace(request(1), sampling=SamplingParams(do_sample=True, seed=2**64 - 1), logprobs=True)
+    ids = array("i", (1, 2, 3))
+    sent = replace(request(1), input_ids=ids, sampling=SamplingParams(do_sample=True, seed=2**64 - 1), logprobs=True)
     worker.backend.submit(sent)
     worker.backend.submit(request(2))
     assert await in_engine(engine, 1) == sent
@@ -365,7 +373,7 @@ async def test_each_worker_gets_its_own_requests_only(engine: ManualBackend, wor
 
 
 async def test_a_prompt_of_a_million_tokens_passes(engine: ManualBackend, worker: Worker) -> None:
-    long = replace(request(1), input_ids=tuple(range(2**31, 2**31 + 1_000_000)), prefill_logprobs=True)
+    long = replace(request(1), input_ids=array("i", range(2**30, 2**30 + 1_000_000)), prefill_logprobs=True)
     worker.backend.submit(long)
     assert await in_engine(engine, 1) == long
     logprobs = (0.5,) * 1_000_000

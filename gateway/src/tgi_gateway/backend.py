@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -95,6 +96,8 @@ class ModelInfo:
 
     def unknown_token(self, token_ids: Sequence[int]) -> int | None:
         """The first of `token_ids` that is none of this model's, if there is one. Quick also for long prompts."""
+        if isinstance(token_ids, array):
+            token_ids = token_ids.tolist()
         try:
             msgspec.convert(token_ids, _ids_below(self.vocab_size))
         except msgspec.ValidationError:

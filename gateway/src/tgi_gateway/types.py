@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,7 +110,9 @@ class Request:
     """One generation. `request_id` is unique among the open requests of one engine, unsigned 64 bit."""
 
     request_id: int
-    input_ids: tuple[int, ...]
+    input_ids: Sequence[int]
+    """Nobody changes it. What came over the wire is an ``array("i")``: to make 32,000 Python numbers of a long prompt
+    takes a millisecond, for which the engine's own thread would wait."""
     sampling: SamplingParams
     stop: StopRules
     logprobs: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import chain, islice
 from typing import cast, get_args
 
@@ -30,7 +30,7 @@ _REASON_CODES: dict[FinishReason, pb.FinishReason] = {
     "cancelled": pb.CANCELLED,
 }
 _REASONS: dict[int, FinishReason] = {int(code): reason for reason, code in _REASON_CODES.items()}
-_UINT32 = "I"
+_UINT32, _INT32 = "I", "i"
 ID_BYTES = array(_UINT32).itemsize
 assert ID_BYTES == 4, "the wire has 4 bytes for each token id"
 _GRAMMAR_KINDS: frozenset[str] = frozenset(get_args(GrammarKind))
@@ -80,7 +80,9 @@ def encode_request(request: Request) -> pb.Request:
     )
 
 
-def _pack_ids(ids: Iterable[int]) -> bytes:
+def _pack_ids(ids: Sequence[int]) -> bytes:
+    if isinstance(ids, array) and ids.typecode == _INT32:
+        return _little_endian(ids[:]).tobytes()
     try:
         packed = array(_UINT32, ids)
     except OverflowError as error:
@@ -88,11 +90,11 @@ def _pack_ids(ids: Iterable[int]) -> bytes:
     return _little_endian(packed).tobytes()
 
 
-def _unpack_ids(packed: bytes) -> tuple[int, ...]:
-    """Raises ValueError for a part of an id."""
-    ids = array(_UINT32)
+def _unpack_ids(packed: bytes) -> array[int]:
+    """Raises ValueError for a part of an id. Ids that need the 32nd bit become negative, which no vocabulary has."""
+    ids = array(_INT32)
     ids.frombytes(packed)
-    return tuple(_little_endian(ids))
+    return _little_endian(ids)
 
 
 def _little_endian(ids: array[int]) -> array[int]:
