@@ -13,7 +13,7 @@ from tgi_model_server.kernels.ahead import TARGETS, Built, build, launches
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import triton_plan
-from tgi_model_server.kernels.shared import compile_merge
+from tgi_model_server.kernels.warm import compile_states
 from tgi_model_server.plan import StepPlan
 
 assert not interpreted(), "interpreted kernels cannot be compiled"
@@ -147,9 +147,9 @@ def test_prompts_that_share_keys_use_the_matrix_units_too(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_merge_of_shared_keys_compiles_without_spilling(target: str) -> None:
-    built = build_all(lambda: compile_merge(LLAMA_8B, META, TUNINGS[target[:2]]), target)
-    assert [each.spilled_bytes for each in built] == [0, 0]
+def test_what_continues_from_shared_keys_compiles_without_spilling(target: str) -> None:
+    built = build_all(lambda: compile_states(LLAMA_8B, KVLayout(32), META, TUNINGS[target[:2]]), target)
+    assert [each.spilled_bytes for each in built] == [0] * 5
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

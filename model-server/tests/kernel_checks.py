@@ -23,9 +23,9 @@ from tgi_model_server.kernels import sampling
 from tgi_model_server.kernels.decode import choose_splits
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
-from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
+from tgi_model_server.kernels.plan import FixedPlan, PageLists, TritonAttentionPlan, triton_plan
 from tgi_model_server.kernels.shared import attend_shared, choose_shared_splits, merge_shared
-from tgi_model_server.kernels.sharing import Group, find_sharing
+from tgi_model_server.kernels.sharing import Group, find_lonely, find_sharing
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.reference import ReferenceOps, reference_plan
 from tgi_model_server.sampling import filters
@@ -381,6 +381,25 @@ def test_rows_that_begin_alike_read_their_keys_together(
     check_attention(padded, shape, layout, fixed.together, tokens=plan.num_tokens, tuning=tuning)
 
 
+@pytest.mark.parametrize("rows", [[(5, 61)], [(1, 30), (7, 90), (3, 12), (9, 77)]])
+def test_keys_of_few_prompts_are_split_among_programs(rows: Rows) -> None:
+    shape, layout = AttentionShape(2, 1, 16, torch.float32, torch.float32), KVLayout(4)
+    tuning = replace(SMALL, split_keys=16, lonely_keys=32)
+    plan = make_plan(4, rows)
+    planned = make_triton_plan(plan, shape, layout, tuning, 40)
+    assert planned.shared is not None
+    alone = [(kv_len - new) // 4 * 4 for new, kv_len in rows if new > 1 and kv_len - new >= 32]
+    assert sorted(filter(None, planned.shared.lens.tolist())) == sorted(alone)
+    assert planned.shared.most_splits > 1
+    check_attention(plan, shape, layout, planned, tuning=tuning)
+
+    bucket = Bucket(len(rows) + 2, plan.num_tokens + 5)
+    fixed = FixedPlan(bucket, 128, shape, layout, device=PLACE, cores=40, tuning=tuning)
+    padded = pad_plan(plan, bucket, 4)
+    assert fixed.update(padded) is fixed.together
+    check_attention(padded, shape, layout, fixed.together, tokens=plan.num_tokens, tuning=tuning)
+
+
 def test_buffers_of_fixed_size_forget_what_rows_shared_and_windows_share_nothing() -> None:
     shape, layout, bucket = AttentionShape(2, 2, 16, torch.float32, torch.float32), KVLayout(4), Bucket(4, 12)
     fixed = FixedPlan(bucket, 64, shape, layout, device=PLACE, cores=4, tuning=SMALL)
@@ -457,6 +476,27 @@ def test_prompts_share_what_is_older_than_all_their_new_tokens() -> None:
     assert find_sharing(plan, 4, worth=1, per_tile=16) == [Group([2, 0, 1], 28)]
     assert find_sharing(plan, 4, worth=1, per_tile=12) == [Group([2, 0], 36)]
     assert find_sharing(plan, 4, worth=1, per_tile=1) == [], "rows that fill their tiles save nothing together"
+
+
+def test_prompts_stand_alone_where_they_are_few_and_have_many_keys() -> None:
+    plan = make_plan(4, [(3, 43), (9, 60), (1, 99), *[(5, 20)] * 9])
+    limits = {"keys": 40, "per_tile": 8}
+    assert find_lonely(plan, 4, [], fill=4, most_tiles=9, **limits) == [Group([0], 40), Group([1], 48)]
+    assert find_lonely(plan, 4, [Group([1, 2], 20)], fill=4, most_tiles=9, **limits) == [Group([0], 40)]
+    assert find_lonely(plan, 4, [], fill=3, most_tiles=9, **limits) == [], "they fill the chip"
+    assert find_lonely(plan, 4, [], fill=4, most_tiles=2, **limits) == [Group([0], 40)]
+
+
+def test_lists_of_pages_are_converted_once_and_followed_as_they_grow() -> None:
+    lists = PageLists()
+    one, other = [3, 4, 5], [6]
+    for _ in range(40):
+        arrays = lists.arrays([one, other])
+        assert [array[: len(each)].tolist() for array, each in zip(arrays, (one, other), strict=True)] == [one, other]
+        one.append(len(one))
+    kept = lists.arrays([one, other])[1]
+    assert lists.arrays([other])[0] is kept
+    assert lists.arrays([[9, 8]])[0][:2].tolist() == [9, 8]
 
 
 @pytest.mark.parametrize("seed", range(40))

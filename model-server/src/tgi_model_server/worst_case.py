@@ -24,8 +24,10 @@ _EVERYTHING = SamplingParams(
     presence_penalty=0.1,
 )
 _TOP_TOKENS = 5
-_ALIKE, _ALIKE_TOKENS = 8, 16
+_ALIKE, _NEW_TOKENS = 8, 16
 """Prompts that begin alike, and the new tokens of each."""
+_BESIDE = ((1, 1024), (1, None), (4, None))
+"""Rows that decode beside a prompt, and their length (None: the longest): kernels differ by how much keys are split."""
 
 
 def run_largest_steps(runner: Runner, limits: StepLimits, *, samples: bool, plain: bool = False) -> None:
@@ -47,8 +49,9 @@ def run_largest_steps(runner: Runner, limits: StepLimits, *, samples: bool, plai
 
 
 def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
-    """One with as many new tokens as fit, the log-probabilities of its prompts too; one in which all rows decode; and
-    the longest prompts that begin alike, which is not much, but a device may have kernels for it to be made ready.
+    """One with as many new tokens as fit, the log-probabilities of its prompts too; one in which all rows decode. Then
+    what is not much, but a device may have kernels for it, which nobody should wait for later: the longest prompts that
+    begin alike, and rows that decode beside a prompt.
     """
     for tokens in (limits.max_tokens, limits.max_rows):
         rows: list[tuple[int, int]] = []
@@ -60,8 +63,12 @@ def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
             # One row is as long as any may become, which decides how wide the tables of pages are.
             rows.append((new, limits.max_kv_len if not waiting else new))
         yield _plan(rows, page_size)
-    new = min(_ALIKE_TOKENS, limits.max_kv_len, limits.max_tokens)
+    new = min(_NEW_TOKENS, limits.max_kv_len, limits.max_tokens)
     yield _plan([(new, limits.max_kv_len)] * min(_ALIKE, limits.max_rows, limits.max_tokens // new), page_size)
+    for beside, wanted in _BESIDE:
+        length = min(wanted or limits.max_kv_len, limits.max_kv_len)
+        if beside < limits.max_rows and beside + new <= limits.max_tokens:
+            yield _plan([(1, length)] * beside + [(new, length)], page_size)
 
 
 def _plan(rows: Sequence[tuple[int, int]], page_size: int) -> StepPlan:

@@ -27,8 +27,8 @@ from tgi_model_server.device import (
     StepLimits,
 )
 from tgi_model_server.kernels.launch import Tuning
-from tgi_model_server.kernels.plan import FixedPlan, TritonAttentionPlan, triton_plan
-from tgi_model_server.kernels.shared import compile_merge
+from tgi_model_server.kernels.plan import FixedPlan, PageLists, TritonAttentionPlan, triton_plan
+from tgi_model_server.kernels.warm import compile_states
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepInput
@@ -38,10 +38,6 @@ _FEWEST_SHARING = 4
 """Smaller batches never read shared keys together."""
 _LONG_PROMPTS = 1 << 22
 """Pairs of a new token and a key of a step's prompts, from which on their attention is worth FlashInfer's launches."""
-_LONG_CONTEXT = 8192
-"""Keys of one prompt, from which on the same holds however few its new tokens are: Triton's kernel has one program for
-a tile of the heads that share keys, which took 1.3 ms a layer for 32,000 of them; FlashInfer has one for each head.
-"""
 
 
 class CudaDevice:
@@ -62,6 +58,7 @@ class CudaDevice:
         self._recorder = Recorder()
         self._limits: StepLimits | None = None
         self._fixed: dict[Bucket, FixedPlan] = {}
+        self._pages = PageLists()
         self._prompts: dict[AttentionShape, PromptAttention | None] = {}
 
     def _choose(self, index: int) -> None:
@@ -139,11 +136,14 @@ class CudaDevice:
                 device=self.torch_device,
                 cores=self._cores,
                 tuning=self.tuning,
+                pages=self._pages,
                 per_tile=None if prompts is None else prompts.per_tile,
             )
             if prompts is None:
                 return made
-            return CudaAttentionPlan(**_fields(made), prompts=prompts.plan(plan, made.shared))
+            return CudaAttentionPlan(
+                **_fields(made), prompts=prompts.plan(plan, self._pages.arrays(plan.pages), made.shared)
+            )
         fixed = self._fixed.get(bucket)
         if fixed is None:
             if bucket.num_tokens > bucket.num_rows:
@@ -157,6 +157,7 @@ class CudaDevice:
                 device=self.torch_device,
                 cores=self._cores,
                 tuning=self.tuning,
+                pages=self._pages,
                 share=bucket.num_rows >= _FEWEST_SHARING,
             )
         return fixed.update(plan)
@@ -165,7 +166,7 @@ class CudaDevice:
         if shape not in self._prompts:
             made = prompt_attention(shape, layout, self.torch_device, self.pipeline_depth)
             if made is not None:
-                compile_merge(shape, self.torch_device, self.tuning)
+                compile_states(shape, layout, self.torch_device, self.tuning)
             self._prompts[shape] = made
         return self._prompts[shape]
 
@@ -186,8 +187,6 @@ class CudaDevice:
             for query_len, kv_len in zip(plan.query_lens, plan.kv_lens, strict=True)
             if query_len > 1
         ]
-        if max((kv_len for _, kv_len in prompts), default=0) >= _LONG_CONTEXT:
-            return False
         return sum(query_len * kv_len for query_len, kv_len in prompts) < _LONG_PROMPTS
 
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:

@@ -13,8 +13,10 @@ import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tgi_model_server.device import AttentionShape, KVLayout
@@ -22,6 +24,8 @@ from tgi_model_server.kernels.shared import SharedKeys, SharedState
 from tgi_model_server.plan import StepPlan
 
 log = logging.getLogger(__name__)
+
+_Ints: TypeAlias = npt.NDArray[np.int32]
 
 _WORKSPACE_BYTES = 256 << 20
 _HEAD_DIMS = (64, 128, 256)
@@ -55,22 +59,22 @@ class PromptAttention:
         """Tokens of a tile, which has those of one head."""
         return 192 if self._shape.head_dim == 64 else 128
 
-    def plan(self, plan: StepPlan, shared: SharedKeys | None) -> PlannedPrompts:
-        """Of a step in which some row has several new tokens, and what rows of it share."""
+    def plan(self, plan: StepPlan, pages: Sequence[_Ints], shared: SharedKeys | None) -> PlannedPrompts:
+        """Of a step in which some row has several new tokens, with the plan's pages as arrays, and what rows share."""
         rows = [row for row, query_len in enumerate(plan.query_lens) if query_len > 1]
         # Queries lie in one piece; a row of one token between the others comes along.
         part = range(rows[0], rows[-1] + 1)
         known = {} if shared is None else {row: group.keys for group in shared.groups for row in group.rows}
         own = self._plan(
             [plan.query_lens[row] for row in part],
-            [(plan.pages[row], known.get(row, 0), plan.kv_lens[row]) for row in part],
+            [(pages[row], known.get(row, 0), plan.kv_lens[row]) for row in part],
             causal=True,
         )
         first = sum(plan.query_lens[: rows[0]])
         tokens = slice(first, first + sum(plan.query_lens[row] for row in part))
-        return PlannedPrompts(own, tokens, self._shape.head_dim**-0.5, self._plan_shared(plan, shared))
+        return PlannedPrompts(own, tokens, self._shape.head_dim**-0.5, self._plan_shared(plan, pages, shared))
 
-    def _plan_shared(self, plan: StepPlan, shared: SharedKeys | None) -> Any:
+    def _plan_shared(self, plan: StepPlan, pages: Sequence[_Ints], shared: SharedKeys | None) -> Any:
         """None where tiles are too few for the chip: nobody else here shares a tile's keys among programs."""
         if shared is None:
             return None
@@ -80,20 +84,20 @@ class PromptAttention:
         work = sum(-(-count // self.per_tile) for count in places) * self._shape.num_heads
         if work < _FULL * self._cores * -(-work // self._cores):
             return None
-        keys = [(plan.pages[group.rows[0]], 0, group.keys) for group in shared.groups]
+        keys = [(pages[group.rows[0]], 0, group.keys) for group in shared.groups]
         return self._plan(places, keys, causal=False)
 
-    def _plan(self, query_lens: list[int], keys: list[tuple[Sequence[int], int, int]], *, causal: bool) -> Any:
+    def _plan(self, query_lens: list[int], keys: list[tuple[_Ints, int, int]], *, causal: bool) -> Any:
         """A wrapper for pieces of queries, each with its pages, the first key, which begins a page, and their end."""
         size, shape = self._layout.page_size, self._shape
         used = [(begin // size, -(-end // size)) for _, begin, end in keys]
-        pages = [page for (own, _, _), (first, last) in zip(keys, used, strict=True) for page in own[first:last]]
+        pages = np.concatenate([own[first:last] for (own, _, _), (first, last) in zip(keys, used, strict=True)])
         wrapper = self._wrappers[self._next]
         self._next = (self._next + 1) % len(self._wrappers)
         wrapper.plan(
             _ints([0, *accumulate(query_lens)]),
             _ints([0, *accumulate(last - first for first, last in used)]),
-            _ints(pages).pin_memory().to(self._device, non_blocking=True),
+            torch.from_numpy(pages).pin_memory().to(self._device, non_blocking=True),
             _ints([(end - 1) % size + 1 for _, _, end in keys]),
             shape.num_heads,
             shape.num_kv_heads,

@@ -32,6 +32,8 @@ class Tuning:
     """Depth of the software pipeline; each stage holds one tile of keys and one of values in shared memory."""
     shared_keys: int = 8192
     """Keys that several sequences' rows need not read, in all, for the one more launch a layer to pay."""
+    lonely_keys: int = 4096
+    """Keys before a prompt's new tokens that pay for the same launch where prompts are too few to fill the chip."""
     prefill_queries: int = 128
     """Rows of a prefill tile: tokens times the heads that share a KV head."""
     prefill_keys: int = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from tgi_model_server.device import AttentionShape, Bucket, KVLayout
 from tgi_model_server.kernels.decode import choose_splits
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.shared import SharedKeys, choose_shared_splits
-from tgi_model_server.kernels.sharing import Group, find_sharing
+from tgi_model_server.kernels.sharing import Group, find_lonely, find_sharing
 from tgi_model_server.kernels.tiles import decode_tokens, prefill_tokens
 from tgi_model_server.plan import StepPlan
 
@@ -29,7 +30,10 @@ _ALIGNED = 16
 _SPARE_TILES = 4
 """Of keys that rows share, in buffers of fixed size: each group of rows may leave its last tile unfilled."""
 
-_Ints = npt.NDArray[np.int32]
+_ANY_TILES = 1 << 30
+
+_Ints: TypeAlias = npt.NDArray[np.int32]
+_NO_PAGES: _Ints = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +95,17 @@ def triton_plan(
     device: torch.device,
     cores: int,
     tuning: Tuning,
+    pages: PageLists | None = None,
     per_tile: int | None = None,
 ) -> TritonAttentionPlan:
     """A plan of exactly this step, its decode rows first. `cores` are the chip's processors that run programs.
 
-    `per_tile`: tokens of a tile of who computes the prompts, if it is not `prefill`; rows that fill it share nothing.
+    `per_tile`: tokens of a tile, of one head, of who computes the prompts, if it is not `prefill`; rows that fill it
+    share nothing.
     """
     per_shared = (decode_tokens if plan.is_decode else prefill_tokens)(shape, tuning)
-    groups = find_sharing(plan, layout.page_size, worth=tuning.shared_keys, per_tile=per_tile or per_shared)
+    fill = cores // (shape.num_kv_heads if per_tile is None else shape.num_heads)
+    groups = _find_groups(plan, layout.page_size, tuning, per_tile or per_shared, fill)
     order = sorted(range(len(plan.slots)), key=lambda row: plan.query_lens[row] > 1)
     decode_rows = sum(query_len == 1 for query_len in plan.query_lens)
     tiles = _list_tiles(plan, order, prefill_tokens(shape, tuning))
@@ -107,7 +114,7 @@ def triton_plan(
     sizes = _Sizes(
         tokens=plan.num_tokens,
         rows=len(order),
-        table_pages=_aligned(-(-longest // layout.page_size)),
+        table_pages=aligned(-(-longest // layout.page_size)),
         decode_rows=decode_rows,
         tiles=len(tiles),
         shared_tiles=shared_tiles,
@@ -116,10 +123,35 @@ def triton_plan(
     at_once = _programs_at_once(cores, only_decode=plan.is_decode)
     shared_splits = _choose_shared_splits(groups, shared_tiles, shape, at_once, tuning.max_splits, tuning)
     buffer, place = _host_buffer(sizes, device), sizes.starts()
-    _fill(buffer.numpy(), sizes, plan, order, tiles, groups, shared_splits, layout.page_size)
+    arrays = (pages or PageLists()).arrays(plan.pages)
+    _fill(buffer.numpy(), sizes, plan, arrays, order, tiles, groups, shared_splits, layout.page_size)
     moved = buffer.to(device, non_blocking=True)
     splits = choose_splits(decode_rows, shape.num_kv_heads, longest, cores, tuning)
     return _views(moved, place, sizes, layout, splits, shared_tiles * shared_splits, shared_splits, groups)
+
+
+class PageLists:
+    """Sequences' page ids as arrays, int32: lists of thousands, which only grow, are not converted in every step."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Sequence[int], _Ints, int]] = {}
+        """By id: the list, which keeps its id while it is here, and its array, of which so many are filled in."""
+
+    def arrays(self, lists: Sequence[Sequence[int]]) -> list[_Ints]:
+        """Each at least as long as its list. Lists of the last call are remembered."""
+        known: dict[int, tuple[Sequence[int], _Ints, int]] = {}
+        for each in lists:
+            _, array, count = self._known.get(id(each), (each, _NO_PAGES, 0))
+            size = len(each)
+            if size > len(array):
+                grown = np.empty(size + size // 8 + _ALIGNED, np.int32)
+                grown[:count] = array[:count]
+                array = grown
+            if size != count:
+                array[min(count, size) : size] = each[min(count, size) :]
+            known[id(each)] = each, array, size
+        self._known = known
+        return [known[id(each)][1] for each in lists]
 
 
 class FixedPlan:
@@ -138,12 +170,14 @@ class FixedPlan:
         device: torch.device,
         cores: int,
         tuning: Tuning,
+        pages: PageLists | None = None,
         share: bool = True,
     ) -> None:
         """A bucket of as many tokens as rows is for decoding only: it has no prefill tiles. Without `share` no rows
-        read keys together.
+        read keys together. Plans of several buckets may have the same `pages`.
         """
         self._layout = layout
+        self._pages = pages or PageLists()
         self._shape, self._tuning = shape, tuning
         only_decode = bucket.num_tokens == bucket.num_rows
         self._at_once = _programs_at_once(cores, only_decode=only_decode)
@@ -152,7 +186,7 @@ class FixedPlan:
         self._sizes = _Sizes(
             tokens=bucket.num_tokens,
             rows=bucket.num_rows,
-            table_pages=_aligned(-(-max_kv_len // layout.page_size)),
+            table_pages=aligned(-(-max_kv_len // layout.page_size)),
             decode_rows=bucket.num_rows,
             tiles=0 if only_decode else bucket.num_tokens // self._per_tile + bucket.num_rows,
             shared_tiles=triton.cdiv(bucket.num_tokens, per_shared) + _SPARE_TILES if share else 0,
@@ -183,13 +217,9 @@ class FixedPlan:
             raise ValueError(f"a row has {max(plan.kv_lens)} tokens; the buffers hold {allowed}.")
         groups: list[Group] = []
         if sizes.shared_tiles:
-            groups = find_sharing(
-                plan,
-                self._layout.page_size,
-                worth=self._tuning.shared_keys,
-                per_tile=sizes.per_shared,
-                most_tiles=sizes.shared_tiles,
-            )
+            fill = self._at_once // self._shape.num_kv_heads
+            size, tuning = self._layout.page_size, self._tuning
+            groups = _find_groups(plan, size, tuning, sizes.per_shared, fill, sizes.shared_tiles)
         shared_tiles = sum(triton.cdiv(_new_tokens(plan, group), sizes.per_shared) for group in groups)
         most = self._programs // max(1, shared_tiles)
         splits = _choose_shared_splits(groups, shared_tiles, self._shape, self._at_once, most, self._tuning)
@@ -197,15 +227,25 @@ class FixedPlan:
         tiles = _list_tiles(plan, order, self._per_tile)
         assert len(tiles) <= sizes.tiles, "rows of one token have no tile, and others fill all but their last one"
         # Of the page table, which has room for the longest row that is allowed, only the columns in use travel.
-        used = replace(sizes, table_pages=_aligned(-(-max(plan.kv_lens) // self._layout.page_size)))
+        used = replace(sizes, table_pages=aligned(-(-max(plan.kv_lens) // self._layout.page_size)))
         # Pinned memory comes from a cache that hands a piece out again only when the copies from it are done.
         staged = _host_buffer(used, self._device)
-        _fill(staged.numpy(), used, plan, order, tiles, groups, splits, self._layout.page_size)
+        arrays = self._pages.arrays(plan.pages)
+        _fill(staged.numpy(), used, plan, arrays, order, tiles, groups, splits, self._layout.page_size)
         head = used.starts()[-2]
         self._buffer[:head].copy_(staged[:head], non_blocking=True)
         columns = staged[head:].to(self._device, non_blocking=True)[: used.rows * used.table_pages]
         self.alone.page_table[:, : used.table_pages].copy_(columns.view(used.rows, used.table_pages))
         return self.together if groups else self.alone
+
+
+def _find_groups(
+    plan: StepPlan, page_size: int, tuning: Tuning, per_tile: int, fill: int, most_tiles: int = _ANY_TILES
+) -> list[Group]:
+    groups = find_sharing(plan, page_size, worth=tuning.shared_keys, per_tile=per_tile, most_tiles=most_tiles)
+    return groups + find_lonely(
+        plan, page_size, groups, keys=tuning.lonely_keys, fill=fill, per_tile=per_tile, most_tiles=most_tiles
+    )
 
 
 def _new_tokens(plan: StepPlan, group: Group) -> int:
@@ -224,7 +264,8 @@ def _choose_shared_splits(
     return choose_shared_splits(tiles, shape.num_kv_heads, longest, at_once, most, tuning)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """So many columns has a table that needs `size`."""
     return -(-max(size, 1) // _ALIGNED) * _ALIGNED
 
 
@@ -247,13 +288,14 @@ def _fill(
     buffer: _Ints,
     sizes: _Sizes,
     plan: StepPlan,
+    pages: Sequence[_Ints],
     order: Sequence[int],
     tiles: list[tuple[int, int]],
     groups: Sequence[Group],
     shared_splits: int,
     page_size: int,
 ) -> None:
-    """Write every number that a kernel reads into `buffer`, whose contents may be anything."""
+    """Write every number that a kernel reads into `buffer`, whose contents may be anything. `pages` are the plan's."""
     starts = sizes.starts()
     slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, *shared, table = (
         buffer[start:end] for start, end in pairwise(starts)
@@ -267,7 +309,7 @@ def _fill(
     for place, row in enumerate(order):
         kv_len, query_len, token = plan.kv_lens[row], plan.query_lens[row], int(first_tokens[row])
         used = -(-kv_len // page_size)
-        pages_of_row[place, :used] = plan.pages[row][:used]
+        pages_of_row[place, :used] = pages[row][:used]
         query_starts[place] = token
         if query_len == 1:
             slots[token] = pages_of_row[place, used - 1] * page_size + (kv_len - 1) % page_size

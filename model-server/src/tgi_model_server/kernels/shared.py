@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.device import AttentionShape
 from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
 from tgi_model_server.kernels.sharing import Group
 from tgi_model_server.kernels.tiles import attend_range, mix_splits, prefill_tile, strides
@@ -344,14 +343,3 @@ def merge_shared(
         BLOCK_H=power_of_two(heads),
         BLOCK_D=power_of_two(head_dim),
     )
-
-
-def compile_merge(shape: AttentionShape, device: torch.device, tuning: Tuning) -> None:
-    """Have `merge_shared` compiled before a step waits for it: for states of float32 and of the shape's dtype."""
-    zeros = torch.zeros(1, dtype=torch.int32, device=device)
-    no_tile = torch.tensor([[-1, 0]], dtype=torch.int32, device=device)
-    lse = torch.zeros((1, shape.num_heads), device=device)
-    out = torch.zeros((1, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=device)
-    for state in (out, out.float()):
-        shared = SharedState(zeros, zeros, state, lse)
-        merge_shared(out, lse, 0, shared, no_tile, zeros, zeros, kv_heads=shape.num_kv_heads, tuning=tuning)

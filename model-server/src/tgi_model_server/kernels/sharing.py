@@ -1,4 +1,5 @@
-"""Which rows of a step begin with the same pages for so long that reading them together pays."""
+"""Which rows of a step begin with the same pages for so long that reading them together pays, and which long ones are
+to be read by several programs."""
 
 from __future__ import annotations
 
@@ -49,6 +50,33 @@ def find_sharing(
             found.append(group)
             taken = set(group.rows)
             rows = [row for row in rows if row not in taken]
+    return found
+
+
+def find_lonely(
+    plan: StepPlan, page_size: int, groups: Sequence[Group], *, keys: int, fill: int, per_tile: int, most_tiles: int
+) -> list[Group]:
+    """Groups of one: prompts that begin behind `keys` or more of their own, where a step's have fewer than the `fill`
+    tiles that occupy the chip. Keys of groups are split among programs, others are not.
+
+    `groups` were found before; with them no more than `most_tiles` come out.
+    """
+    past = [(kv_len - new) // page_size * page_size for new, kv_len in zip(plan.query_lens, plan.kv_lens, strict=True)]
+    tiles = {
+        row: -(-new // per_tile) for row, new in enumerate(plan.query_lens) if new > 1 and past[row] >= max(keys, 1)
+    }
+    if sum(tiles.values()) >= fill:
+        return []
+    left = most_tiles
+    for group in groups:
+        left -= triton.cdiv(sum(plan.query_lens[row] for row in group.rows), per_tile)
+        for row in group.rows:
+            tiles.pop(row, None)
+    found: list[Group] = []
+    for row, needed in tiles.items():
+        if needed <= left:
+            left -= needed
+            found.append(Group([row], past[row]))
     return found
 
 
