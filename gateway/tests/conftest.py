@@ -50,7 +50,7 @@ async def says(tmp_path: Path) -> AsyncGenerator[Callable[..., Any], None]:
             text: str, template: str = HERMES, special: tuple[str, ...] = (), grammar: bool = False, **settings: Any
         ) -> Worker:
             write_byte_model(tmp_path, template, special)
-            backend = Recorded(Tokenizer.from_folder(tmp_path).encode(text, False).ids, grammar=grammar)
+            backend = Recorded(list(Tokenizer.from_folder(tmp_path).encode(text, False).ids), grammar=grammar)
             return await stack.enter_async_context(running_worker(backend, tmp_path, **settings))
 
         yield start

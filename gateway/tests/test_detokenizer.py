@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -111,7 +111,7 @@ def tokenizer(build: Callable[[], Library]) -> Tokenizer:
     return Tokenizer(build(), {}, {}, workers=1)
 
 
-def stream(tokens: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> list[str]:
+def stream(tokens: Tokenizer, ids: Sequence[int], prompt: Sequence[int] | None = None) -> list[str]:
     decoder = tokens.decoder(prompt or [])
     return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
 

@@ -76,7 +76,7 @@ def test_pieces_have_the_ids_of_the_whole_text(name: str) -> None:
     @given(text=TEXTS, special=st.booleans())
     def check(text: str, special: bool) -> None:
         whole = inner.encode(text, add_special_tokens=special).ids
-        assert pieces.encode(text, special) == whole
+        assert pieces.encode(text, special).tolist() == whole
         assert "".join(pieces.cut(text)) == text
 
     check()
@@ -119,7 +119,7 @@ def test_no_more_pieces_are_remembered_than_allowed() -> None:
     pieces = Pieces.of(TAKEN["gpt-2"], characters=5, most=10)
     assert pieces is not None
     text = " ".join(f"w{chr(97 + n % 26)} x{chr(97 + n // 26)} y" for n in range(300))
-    assert pieces.encode(text, True) == TAKEN["gpt-2"].encode(text).ids
+    assert pieces.encode(text, True).tolist() == TAKEN["gpt-2"].encode(text).ids
     assert len(pieces._known) == 10
 
 
@@ -128,7 +128,7 @@ def test_text_without_a_cut_is_encoded_and_not_remembered() -> None:
     pieces = Pieces.of(inner, characters=20, most=10)
     assert pieces is not None
     text = "日本" * 50 + " one two three four five six seven eight nine ten eleven" + "x" * 100
-    assert pieces.encode(text, False) == inner.encode(text, add_special_tokens=False).ids
+    assert pieces.encode(text, False).tolist() == inner.encode(text, add_special_tokens=False).ids
     assert all(len(piece) <= 40 for piece in pieces._known)
     assert pieces._known
 
@@ -147,7 +147,7 @@ def test_prompts_that_come_together_encode_their_common_beginning_once() -> None
     shared = " ".join(f"w{chr(97 + n % 26)} x{chr(97 + n // 26)} y" for n in range(200))
     texts = [f"{shared} and a question {'abcdefgh'[n]} of its own" for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda text: pieces.encode(text, True), texts))
+        found = list(pool.map(lambda text: pieces.encode(text, True).tolist(), texts))
     assert found == [inner.encode(text).ids for text in texts]
     assert len(encoded) == len(set(encoded))
 
@@ -173,6 +173,6 @@ def test_a_long_prompt_reads_as_a_short_one_does(tmp_path: Path) -> None:
     text = " ".join(CORPUS * 60) + " \ud83d and half a pair"
     encoding = ours.encode(text)
     assert encoding.text == text.replace("\ud83d", "\ufffd")
-    assert encoding.ids == TAKEN["llama-3"].encode(encoding.text).ids
+    assert list(encoding.ids) == TAKEN["llama-3"].encode(encoding.text).ids
     assert len(encoding.offsets) == len(encoding.ids)
     ours.close()

@@ -58,7 +58,7 @@ class Pieces:
         """Whether `text` is long enough to be cut."""
         return len(text) >= 2 * self._characters
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> array[int]:
         """Raises TypeError for lone surrogates."""
         try:
             text.encode()
@@ -79,11 +79,12 @@ class Pieces:
                 self._known.popitem(last=False)
         if mine:
             self._encode(mine)
-        joined = array("I")
+        before, behind = self._around if add_special_tokens else ([], [])
+        joined = array("i", before)
         for each in wanted:
             joined += each.result()
-        before, behind = self._around if add_special_tokens else ([], [])
-        return [*before, *joined, *behind]
+        joined.fromlist(behind)
+        return joined
 
     def _encode(self, new: Mapping[str, Future[array[int]]]) -> None:
         """Fill in the ids of pieces that nobody else encodes."""
@@ -98,7 +99,7 @@ class Pieces:
                 ids.set_exception(error)
             raise
         for ids, encoding in zip(new.values(), encodings, strict=True):
-            ids.set_result(array("I", encoding.ids))
+            ids.set_result(array("i", encoding.ids))
 
     def cut(self, text: str) -> Iterator[str]:
         """Pieces of `characters` or a word more; the last is what is left, and so changes with the text."""

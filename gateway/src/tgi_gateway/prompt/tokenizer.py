@@ -31,7 +31,7 @@ _NO_LIMIT = 10**9
 class Encoding:
     """A text as token ids. `text` is what was encoded: lone surrogates, which have no encoding, became U+FFFD."""
 
-    ids: list[int]
+    ids: Sequence[int]
     text: str
     add_special_tokens: bool
     tokenizer: tokenizers.Tokenizer = field(repr=False)
@@ -123,8 +123,8 @@ class Tokenizer:
             ids = self._ids(text, add_special_tokens)
         return Encoding(ids, text, add_special_tokens, self._inner)
 
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Raises TypeError for lone surrogates."""
+    def _ids(self, text: str, add_special_tokens: bool) -> Sequence[int]:
+        """An array where the text is long. Raises TypeError for lone surrogates."""
         if self._pieces is not None and self._pieces.worth(text):
             return self._pieces.encode(text, add_special_tokens)
         # Unlike encode(), the batch call releases the GIL, and "fast" leaves out the offsets.

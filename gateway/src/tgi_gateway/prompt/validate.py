@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -260,10 +261,11 @@ async def validate(
     _check_alternatives(len(ids), parameters)
     if parameters.grammar is not None and not limits.grammar:
         raise ValidationError("grammar is not supported")
-    return _build(tuple(ids), parameters, limits, max_new_tokens)
+    # Long texts come as an array, which goes over the wire as it is.
+    return _build(ids if isinstance(ids, array) else tuple(ids), parameters, limits, max_new_tokens)
 
 
-def _build(ids: tuple[int, ...], p: Parameters, limits: Limits, max_new_tokens: int) -> Valid:
+def _build(ids: Sequence[int], p: Parameters, limits: Limits, max_new_tokens: int) -> Valid:
     samples = p.samples
     seed = secrets.randbits(64) if p.seed is None else p.seed
     sampling = SamplingParams(
