@@ -1,7 +1,7 @@
 """Attention of prompts through FlashInfer, where it is installed and its kernels are compiled already.
 
 FlashInfer (Ye et al. 2025) compiles for a shape at its first use, which takes a minute. No server waits for that: the
-first one compiles beside its work and uses Triton's kernels; later ones find FlashInfer's.
+first one compiles beside its work, once it has started, and uses Triton's kernels; later ones find FlashInfer's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
@@ -32,6 +33,8 @@ _HEAD_DIMS = (64, 128, 256)
 _FULL = 0.75
 """Of the chip's cores that must have work on keys that rows share, if it is not to be shared out among more programs.
 """
+_COMPILE_AFTER_S = 30.0
+"""By then the server has started: before, the compilers would take its cores."""
 _COMPILE = (
     "import os, sys; os.nice(19); from tgi_backend_cuda.prefill import compile_module; compile_module(*sys.argv[1:])"
 )
@@ -192,9 +195,10 @@ def _compile_beside(shape: AttentionShape, device: torch.device) -> None:
         return  # the first rank's compilation serves all
     dtype = str(shape.dtype).removeprefix("torch.")
     command = [sys.executable, "-c", _COMPILE, dtype, str(shape.head_dim), _kind(device)]
-    log.info("FlashInfer's kernels are being compiled beside the server's work; its next start will use them")
+    log.info("FlashInfer's kernels will be compiled beside the server's work; its next start will use them")
 
     def run() -> None:
+        time.sleep(_COMPILE_AFTER_S)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             log.warning("FlashInfer's kernels could not be compiled: %s", done.stderr.strip()[-500:])
