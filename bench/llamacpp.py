@@ -1,6 +1,7 @@
 """The llama.cpp backend through HTTP, beside a bare llama_decode loop and beside llama-cpp-python's own server.
 
     python bench/llamacpp.py                      # a random model of 44 M parameters, in Q8_0
+    python bench/llamacpp.py --size medium        # of 320 M
     python bench/llamacpp.py --model some.gguf --threads 8
 
 All have the same file and as many threads. Bare loop and gateway are measured in turns, each first in every second
@@ -36,8 +37,11 @@ from machine import machine
 from served import NotServing, serve
 from streams import Pool, Target
 
-SHAPE = {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1536, "head_dim": 64}
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
+SIZES = {
+    "small": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1536, "num_attention_heads": 8},
+    "medium": {"hidden_size": 1024, "num_hidden_layers": 26, "intermediate_size": 3072, "num_attention_heads": 16},
+}
+HEADS = {"head_dim": 64, "num_key_value_heads": 4, "max_position_embeddings": 8192}
 READY_S = 120.0
 STEP_TOKENS = 512
 TARGETS = {"1 stream": 0.95, "8 streams": 0.9, "prompt": 0.95}
@@ -47,6 +51,7 @@ TARGETS = {"1 stream": 0.95, "8 streams": 0.9, "prompt": 0.95}
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="GGUF", help="default: a random one, made for this run")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the random model (default small)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each (default 1)")
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="beside a single one (default 8)")
     parser.add_argument("--tokens", type=int, default=96, metavar="N", help="of each answer (default 96)")
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="tgi-bench-") as scratch:
-        model = options.model or random_model(Path(scratch))
+        model = options.model or random_model(Path(scratch), options.size)
         try:
             figures = measure(options, model, Path(scratch) / "server.log")
         except NotServing as error:
@@ -70,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def random_model(folder: Path) -> Path:
+def random_model(folder: Path, size: str) -> Path:
     """A GGUF file with the demo model's tokenizer and random weights."""
     from safetensors.numpy import save_file
 
@@ -79,7 +84,7 @@ def random_model(folder: Path) -> Path:
 
     source = folder / "random"
     shutil.copytree(demo_model(), source, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((source / "config.json").read_text()) | SHAPE | HEADS
+    config = json.loads((source / "config.json").read_text()) | SIZES[size] | HEADS
     (source / "config.json").write_text(json.dumps(config))
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     rows, kv_rows = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -99,7 +104,7 @@ def random_model(folder: Path) -> Path:
         for name, shape in shapes.items()
     }
     save_file(weights, source / "model.safetensors")
-    target = folder / "random-q8_0.gguf"
+    target = folder / f"random-{size}-q8_0.gguf"
     convert(source, target, "q8_0")
     return target
 
