@@ -484,7 +484,7 @@ class CachesPrefixes(Sound):
     def __init__(self) -> None:
         super().__init__()
         self._capabilities = replace(self._capabilities, prefix_cache=True)
-        self._seen: list[tuple[str, tuple[int, ...]]] = []
+        self._seen: list[tuple[str, Sequence[int]]] = []
 
     def found(self, request: Request) -> int:
         """How many tokens of its prompt are cached."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tgi_model_server.device import AttentionShape, HeadNorms, KVLayout
+from tgi_model_server.device import AttentionShape, HeadNorms, KVLayout, StepLimits
 from tgi_model_server.kernels.ahead import TARGETS, Built, build, launches
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import triton_plan
 from tgi_model_server.kernels.warm import compile_states
 from tgi_model_server.plan import StepPlan
+from tgi_model_server.worst_case import largest_plans
 
 assert not interpreted(), "interpreted kernels cannot be compiled"
 
@@ -150,6 +152,28 @@ def test_prompts_that_share_keys_use_the_matrix_units_too(target: str) -> None:
 def test_what_continues_from_shared_keys_compiles_without_spilling(target: str) -> None:
     built = build_all(lambda: compile_states(LLAMA_8B, KVLayout(32), META, TUNINGS[target[:2]]), target)
     assert [each.spilled_bytes for each in built] == [0] * 5
+
+
+def compilations(rows: list[tuple[int, int]], together: bool) -> set[tuple[str, ...]]:
+    """What of Triton's is compiled for the attention of a step."""
+    noted = launches(lambda: attend(TUNINGS["sm"], rows, together=together))
+    return {(each.name, *map(repr, (each.signature, each.constants, each.aligned, each.options))) for each in noted}
+
+
+def test_no_step_finds_a_kernel_that_the_largest_steps_had_no_use_for() -> None:
+    limits = StepLimits(max_rows=256, max_tokens=8448, max_kv_len=131_072)
+    ready: set[tuple[str, ...]] = set()
+    for plan in largest_plans(limits, 16):
+        ready |= compilations(list(zip(plan.query_lens, plan.kv_lens, strict=True)), together=True)
+    draw = random.Random(0)
+    for _ in range(120):
+        longest = draw.choice((20, 300, 1500, 6000, 32_000, 100_000))
+        rows = [(1, draw.randint(2, longest)) for _ in range(draw.choice((0, 1, 2, 3, 5, 8, 13, 31, 40, 200)))]
+        for _ in range(draw.choice((1, 2, 5, 20))):
+            new = draw.choice((2, 16, 50, 500))
+            rows.append((new, new + draw.choice((0, draw.randint(0, longest)))))
+        for together in (False, True):
+            assert compilations(rows, together) <= ready, f"rows of (new, keys) {rows}, together: {together}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -45,7 +45,7 @@ def follows(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Follows:
     def follows(grammar: Grammar, answer: str) -> bool:
         """Whether `answer`, in the model's own tokens, keeps to the grammar up to a possible end."""
         matcher = compile_grammar(vocabulary, grammar)
-        ids = tokenizer.encode(answer, False).ids
+        ids = list(tokenizer.encode(answer, False).ids)
         return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
 
     return follows

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +107,7 @@ def prompts(count: int, length: int = 40) -> list[tuple[int, ...]]:
     return [(*stems[n // 3], *(draw.randrange(2, 157) for _ in range(length - 2 * length // 3))) for n in range(count)]
 
 
-def greedy(request_id: int, prompt: tuple[int, ...], new: int = 48, **changes: Any) -> Request:
+def greedy(request_id: int, prompt: Sequence[int], new: int = 48, **changes: Any) -> Request:
     return replace(Request(request_id, prompt, SamplingParams(), StopRules(new, ignore_eos=True)), **changes)
 
 

@@ -26,7 +26,7 @@ _EVERYTHING = SamplingParams(
 _TOP_TOKENS = 5
 _ALIKE, _NEW_TOKENS = 8, 16
 """Prompts that begin alike, and the new tokens of each."""
-_BESIDE = ((1, 1024), (1, 1 << 30), (4, 1 << 30))
+_BESIDE = ((1, 1024), (1, 1 << 30), (4, 1 << 30), (128, 1 << 30))
 """Rows that decode beside a prompt, and the length of all: kernels differ by how much keys are split."""
 
 
@@ -65,8 +65,9 @@ def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
         yield _plan(rows, page_size)
     new = min(_NEW_TOKENS, limits.max_kv_len, limits.max_tokens)
     yield _plan([(new, limits.max_kv_len)] * min(_ALIKE, limits.max_rows, limits.max_tokens // new), page_size)
-    for beside, length in sorted({(rows, min(length, limits.max_kv_len)) for rows, length in _BESIDE}):
-        if beside < limits.max_rows and beside + new <= limits.max_tokens:
+    several = {(min(rows, limits.max_rows - 1), min(length, limits.max_kv_len)) for rows, length in _BESIDE}
+    for beside, length in sorted(several):
+        if beside and beside + new <= limits.max_tokens:
             yield _plan([(1, length)] * beside + [(new, length)], page_size)
 
 
