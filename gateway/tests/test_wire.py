@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from tgi_gateway.types import (
     StepEvents,
     StopRules,
     Token,
+    TokenIds,
     Usage,
 )
 from tgi_gateway.wire import engine_pb2 as pb
@@ -133,7 +133,7 @@ grammars = st.none() | st.builds(
 requests = st.builds(
     Request,
     request_id=request_ids,
-    input_ids=st.lists(st.integers(0, 2**31 - 1)).map(lambda ids: array("i", ids)),
+    input_ids=st.lists(st.integers(0, 2**31 - 1)).map(tuple),
     sampling=st.builds(
         SamplingParams,
         do_sample=st.booleans(),
@@ -197,9 +197,12 @@ def test_a_request_crosses_unchanged(sent: Request) -> None:
 
 
 def test_ids_cross_from_any_sequence_and_the_32nd_bit_makes_them_nobodys() -> None:
-    for sent, got in (((7, 2**31 - 1), [7, 2**31 - 1]), ([5], [5]), ((2**32 - 1,), [-1])):
+    for sent, got in (((7, 2**31 - 1), (7, 2**31 - 1)), (TokenIds((5, 6)), (5, 6)), ((2**32 - 1,), (-1,))):
         message = pb.Request.FromString(encode_request(replace(request(1), input_ids=sent)).SerializeToString())
-        assert list(decode_request(message).input_ids) == got
+        ids = decode_request(message).input_ids
+        assert (ids, hash(ids), ids[1:]) == (got, hash(got), got[1:])
+        assert ids != (*got, 1)
+        assert ids == TokenIds(got)
 
 
 @given(steps, st.none() | st.builds(Capacity, counts, counts, counts, counts, counts))
@@ -281,8 +284,7 @@ async def test_the_socket_of_a_living_host_is_not_taken_over(server: WireServer,
 async def test_a_request_reaches_the_engine_and_its_step_comes_back_as_one_message(
     engine: ManualBackend, worker: Worker
 ) -> None:
-    ids = array("i", (1, 2, 3))
-    sent = replace(request(1), input_ids=ids, sampling=SamplingParams(do_sample=True, seed=2**64 - 1), logprobs=True)
+    sent = replace(request(1), sampling=SamplingParams(do_sample=True, seed=2**64 - 1), logprobs=True)
     worker.backend.submit(sent)
     worker.backend.submit(request(2))
     assert await in_engine(engine, 1) == sent
@@ -373,7 +375,7 @@ async def test_each_worker_gets_its_own_requests_only(engine: ManualBackend, wor
 
 
 async def test_a_prompt_of_a_million_tokens_passes(engine: ManualBackend, worker: Worker) -> None:
-    long = replace(request(1), input_ids=array("i", range(2**30, 2**30 + 1_000_000)), prefill_logprobs=True)
+    long = replace(request(1), input_ids=tuple(range(2**30, 2**30 + 1_000_000)), prefill_logprobs=True)
     worker.backend.submit(long)
     assert await in_engine(engine, 1) == long
     logprobs = (0.5,) * 1_000_000

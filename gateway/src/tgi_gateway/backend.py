@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkabl
 import msgspec
 
 from tgi_gateway.errors import Unsupported, ValidationError
-from tgi_gateway.types import Request, StepEvents
+from tgi_gateway.types import Request, StepEvents, TokenIds
 
 API_VERSION = 1
 """Raised when a method or field changes meaning. The gateway accepts plug-ins of this version and the one before."""
@@ -96,7 +95,7 @@ class ModelInfo:
 
     def unknown_token(self, token_ids: Sequence[int]) -> int | None:
         """The first of `token_ids` that is none of this model's, if there is one. Quick also for long prompts."""
-        if isinstance(token_ids, array):
+        if isinstance(token_ids, TokenIds):
             token_ids = token_ids.tolist()
         try:
             msgspec.convert(token_ids, _ids_below(self.vocab_size))

@@ -1,6 +1,6 @@
 """The values that carry a request from the HTTP worker to the engine and its tokens back.
 
-All are frozen and hold only numbers, strings and tuples, so that they cross process borders as they are.
+All are frozen and hold only numbers, strings, tuples and `TokenIds`, so that they cross process borders as they are.
 """
 
 from __future__ import annotations
@@ -8,9 +8,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, cast, overload
+
+if TYPE_CHECKING:
+    _Array = array[int]
+else:
+    _Array = array  # cannot be subscripted before Python 3.12
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
 GrammarKind = Literal["json", "regex", "json_schema", "choice", "lark"]
@@ -105,14 +111,44 @@ class StopRules:
     """Matched on text, in the HTTP worker, which then cancels the request in the engine; engines ignore them."""
 
 
+class TokenIds(_Array):
+    """Token ids as an ``array("i")`` that is equal to the tuple of the same numbers, and hashed like it.
+
+    To make 32,000 Python numbers of a long prompt takes a millisecond, for which an engine's own thread would wait;
+    NumPy and other arrays take these as they are.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, ids: Iterable[int] | bytes = ()) -> Self:
+        return cast("Self", super().__new__(cls, "i", ids))
+
+    @overload
+    def __getitem__(self, at: SupportsIndex) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Self: ...
+
+    def __getitem__(self, at: SupportsIndex | slice) -> int | Self:
+        found = super().__getitem__(at)
+        return found if isinstance(found, int) else type(self)(found)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, tuple):
+            return len(self) == len(other) and tuple(self) == other
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:  # type: ignore[override]  # arrays have none, because they may change
+        return hash(tuple(self))
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One generation. `request_id` is unique among the open requests of one engine, unsigned 64 bit."""
 
     request_id: int
     input_ids: Sequence[int]
-    """Nobody changes it. What came over the wire is an ``array("i")``: to make 32,000 Python numbers of a long prompt
-    takes a millisecond, for which the engine's own thread would wait."""
+    """A tuple, or `TokenIds`, which what came over the wire has. Nobody changes it."""
     sampling: SamplingParams
     stop: StopRules
     logprobs: bool = False

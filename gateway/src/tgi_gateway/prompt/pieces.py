@@ -19,6 +19,8 @@ from typing import Any, Self
 
 import tokenizers
 
+from tgi_gateway.types import TokenIds
+
 PIECE_CHARACTERS = 1024
 MOST_PIECES = 4096
 """Remembered ones; of 3 to 4 KB each."""
@@ -58,7 +60,7 @@ class Pieces:
         """Whether `text` is long enough to be cut."""
         return len(text) >= 2 * self._characters
 
-    def encode(self, text: str, add_special_tokens: bool) -> array[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> TokenIds:
         """Raises TypeError for lone surrogates."""
         try:
             text.encode()
@@ -80,7 +82,7 @@ class Pieces:
         if mine:
             self._encode(mine)
         before, behind = self._around if add_special_tokens else ([], [])
-        joined = array("i", before)
+        joined = TokenIds(before)
         for each in wanted:
             joined += each.result()
         joined.fromlist(behind)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import secrets
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -15,7 +14,7 @@ from typing import Protocol
 from tgi_gateway.backend import ModelInfo
 from tgi_gateway.errors import ContextExceeded, ValidationError
 from tgi_gateway.settings import Settings
-from tgi_gateway.types import Grammar, Request, SamplingParams, StopRules
+from tgi_gateway.types import Grammar, Request, SamplingParams, StopRules, TokenIds
 
 MAX_STOP_CHARACTERS = 1024
 """Of one stop sequence. The automaton that finds it costs memory per character."""
@@ -261,8 +260,8 @@ async def validate(
     _check_alternatives(len(ids), parameters)
     if parameters.grammar is not None and not limits.grammar:
         raise ValidationError("grammar is not supported")
-    # Long texts come as an array, which goes over the wire as it is.
-    return _build(ids if isinstance(ids, array) else tuple(ids), parameters, limits, max_new_tokens)
+    # Long texts have ids that go over the wire as they are.
+    return _build(ids if isinstance(ids, TokenIds) else tuple(ids), parameters, limits, max_new_tokens)
 
 
 def _build(ids: Sequence[int], p: Parameters, limits: Limits, max_new_tokens: int) -> Valid:

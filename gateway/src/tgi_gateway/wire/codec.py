@@ -6,7 +6,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import cast, get_args
+from typing import TypeVar, cast, get_args
 
 from tgi_gateway.backend import ALL_FEATURES, Capabilities, Capacity, ModelInfo
 from tgi_gateway.types import (
@@ -19,6 +19,7 @@ from tgi_gateway.types import (
     SamplingParams,
     StepEvents,
     StopRules,
+    TokenIds,
     Usage,
 )
 from tgi_gateway.wire import engine_pb2 as pb
@@ -30,9 +31,10 @@ _REASON_CODES: dict[FinishReason, pb.FinishReason] = {
     "cancelled": pb.CANCELLED,
 }
 _REASONS: dict[int, FinishReason] = {int(code): reason for reason, code in _REASON_CODES.items()}
-_UINT32, _INT32 = "I", "i"
+_UINT32 = "I"
 ID_BYTES = array(_UINT32).itemsize
 assert ID_BYTES == 4, "the wire has 4 bytes for each token id"
+_Ids = TypeVar("_Ids", bound="array[int]")
 _GRAMMAR_KINDS: frozenset[str] = frozenset(get_args(GrammarKind))
 
 
@@ -81,7 +83,7 @@ def encode_request(request: Request) -> pb.Request:
 
 
 def _pack_ids(ids: Sequence[int]) -> bytes:
-    if isinstance(ids, array) and ids.typecode == _INT32:
+    if isinstance(ids, TokenIds):
         return _little_endian(ids[:]).tobytes()
     try:
         packed = array(_UINT32, ids)
@@ -90,14 +92,12 @@ def _pack_ids(ids: Sequence[int]) -> bytes:
     return _little_endian(packed).tobytes()
 
 
-def _unpack_ids(packed: bytes) -> array[int]:
+def _unpack_ids(packed: bytes) -> TokenIds:
     """Raises ValueError for a part of an id. Ids that need the 32nd bit become negative, which no vocabulary has."""
-    ids = array(_INT32)
-    ids.frombytes(packed)
-    return _little_endian(ids)
+    return _little_endian(TokenIds(packed))
 
 
-def _little_endian(ids: array[int]) -> array[int]:
+def _little_endian(ids: _Ids) -> _Ids:
     if sys.byteorder == "big":
         ids.byteswap()
     return ids
