@@ -1,6 +1,6 @@
 """The llama.cpp backend through HTTP, beside a bare llama_decode loop and beside llama-cpp-python's own server.
 
-    python bench/llamacpp.py                      # a random model of 44 M parameters, in Q8_0
+    python bench/llamacpp.py                      # a random model of 40 M parameters, in Q8_0
     python bench/llamacpp.py --size medium        # of 320 M
     python bench/llamacpp.py --model some.gguf --threads 8
 

@@ -93,7 +93,8 @@ async def test_clients_that_vanish_at_random_moments_leave_nothing_behind(byte_m
         await check(gateway, await crowd(gateway, 200, tokens=40, over_s=1.0, leaving=True), workers=1, permits=PERMITS)
         before = memory_mib(gateway)
         for each in rounds(1):
-            outcomes = await crowd(gateway, 600, tokens=40, over_s=4.0, leaving=True, seed=each)
+            count = 1000 if SCALE > 1 else 600
+            outcomes = await crowd(gateway, count, tokens=40, over_s=4.0, leaving=True, seed=each)
             await check(gateway, outcomes, workers=1, permits=PERMITS)
         await asyncio.to_thread(check_memory, gateway, before)
         await stopped(gateway)
