@@ -129,6 +129,7 @@ class CudaDevice:
     ) -> TritonAttentionPlan:
         if bucket is None:
             prompts = None if plan.is_decode else self._prompt_attention(shape, layout)
+            pages = self._pages.arrays(plan.pages)
             made = triton_plan(
                 plan,
                 shape,
@@ -136,14 +137,12 @@ class CudaDevice:
                 device=self.torch_device,
                 cores=self._cores,
                 tuning=self.tuning,
-                pages=self._pages,
+                pages=pages,
                 per_tile=None if prompts is None else prompts.per_tile,
             )
             if prompts is None:
                 return made
-            return CudaAttentionPlan(
-                **_fields(made), prompts=prompts.plan(plan, self._pages.arrays(plan.pages), made.shared)
-            )
+            return CudaAttentionPlan(**_fields(made), prompts=prompts.plan(plan, pages, made.shared))
         fixed = self._fixed.get(bucket)
         if fixed is None:
             if bucket.num_tokens > bucket.num_rows:

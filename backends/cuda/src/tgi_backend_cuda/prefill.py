@@ -14,19 +14,18 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tgi_model_server.device import AttentionShape, KVLayout
+from tgi_model_server.kernels.plan import Ints
 from tgi_model_server.kernels.shared import SharedKeys, SharedState
+from tgi_model_server.kernels.sharing import tiles_of
 from tgi_model_server.plan import StepPlan
 
 log = logging.getLogger(__name__)
-
-_Ints: TypeAlias = npt.NDArray[np.int32]
 
 _WORKSPACE_BYTES = 256 << 20
 _HEAD_DIMS = (64, 128, 256)
@@ -62,7 +61,7 @@ class PromptAttention:
         """Tokens of a tile, which has those of one head."""
         return 192 if self._shape.head_dim == 64 else 128
 
-    def plan(self, plan: StepPlan, pages: Sequence[_Ints], shared: SharedKeys | None) -> PlannedPrompts:
+    def plan(self, plan: StepPlan, pages: Sequence[Ints], shared: SharedKeys | None) -> PlannedPrompts:
         """Of a step in which some row has several new tokens, with the plan's pages as arrays, and what rows share."""
         rows = [row for row, query_len in enumerate(plan.query_lens) if query_len > 1]
         # Queries lie in one piece; a row of one token between the others comes along.
@@ -77,20 +76,19 @@ class PromptAttention:
         tokens = slice(first, first + sum(plan.query_lens[row] for row in part))
         return PlannedPrompts(own, tokens, self._shape.head_dim**-0.5, self._plan_shared(plan, pages, shared))
 
-    def _plan_shared(self, plan: StepPlan, pages: Sequence[_Ints], shared: SharedKeys | None) -> Any:
+    def _plan_shared(self, plan: StepPlan, pages: Sequence[Ints], shared: SharedKeys | None) -> Any:
         """None where tiles are too few for the chip: nobody else here shares a tile's keys among programs."""
         if shared is None:
             return None
         per_tile = shared.tokens.shape[0] // shared.tiles.shape[0]
-        tokens = (sum(plan.query_lens[row] for row in group.rows) for group in shared.groups)
-        places = [-(-count // per_tile) * per_tile for count in tokens]
+        places = [tiles_of(plan, group, per_tile) * per_tile for group in shared.groups]
         work = sum(-(-count // self.per_tile) for count in places) * self._shape.num_heads
         if work < _FULL * self._cores * -(-work // self._cores):
             return None
         keys = [(pages[group.rows[0]], 0, group.keys) for group in shared.groups]
         return self._plan(places, keys, causal=False)
 
-    def _plan(self, query_lens: list[int], keys: list[tuple[_Ints, int, int]], *, causal: bool) -> Any:
+    def _plan(self, query_lens: list[int], keys: list[tuple[Ints, int, int]], *, causal: bool) -> Any:
         """A wrapper for pieces of queries, each with its pages, the first key, which begins a page, and their end."""
         size, shape = self._layout.page_size, self._shape
         used = [(begin // size, -(-end // size)) for _, begin, end in keys]

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tgi_backend_llamacpp.filters import Logits
 from tgi_backend_llamacpp.options import KV_TYPES, NUMA, LlamaOptions
 from tgi_backend_llamacpp.sequences import Saved
 from tgi_gateway.errors import ModelError, StartError
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 
 Indices: TypeAlias = npt.NDArray[np.intp]
 Numbers: TypeAlias = Sequence[int] | npt.NDArray[Any]
-Logits: TypeAlias = npt.NDArray[np.float32]
 
 SPIN_COUNT = "2000000"
 """How long OpenMP's threads look for the next operation before they fall asleep: some tens of milliseconds, so that

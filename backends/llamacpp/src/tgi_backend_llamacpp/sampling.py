@@ -104,14 +104,15 @@ class Sampler:
             forbidden = dict(zip(masks.rows, masks.forbidden[:, : self._vocab_size], strict=True))
         best = logits.argmax(1).tolist()
         highest = [logits.item(place) for place in enumerate(best)]
-        sound = [isfinite(most) for most in highest]  # a maximum is NaN if any is
         slots = [self._slots[plan.slots[row]] for row in plan.sample_rows]
-        wholes: Sequence[float] = ()
-        if all(sound) and any(slot.scored for slot in slots):
-            wholes = filters.log_sums(logits, highest)
+        told = [index for index, slot in enumerate(slots) if slot.scored and isfinite(highest[index])]
+        wholes: dict[int, float] = {}
+        if told:
+            some = logits if len(told) == len(slots) else logits[told]
+            wholes = dict(zip(told, filters.log_sums(some, [highest[index] for index in told]), strict=True))
         for index, (row, slot) in enumerate(zip(plan.sample_rows, slots, strict=True)):
             raw = logits[index]
-            if not sound[index]:
+            if not isfinite(highest[index]):  # a maximum is NaN if any is
                 result.endings[index] = BackendFailed(NOT_A_NUMBER)
                 result.token_ids.append(best[index])
                 result.logprobs.append(NO_LOGPROB)
@@ -128,10 +129,9 @@ class Sampler:
             if not slot.scored:
                 result.logprobs.append(NO_LOGPROB)
                 continue
-            whole = wholes[index] if wholes else filters.log_sums(raw[None], highest[index : index + 1])[0]
-            result.logprobs.append(raw.item(token) - whole)  # of the model's own distribution
+            result.logprobs.append(raw.item(token) - wholes[index])  # of the model's own distribution
             if slot.request.top_n_tokens:
-                result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens, whole)
+                result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens, wholes[index])
         return result
 
     def _choose(

@@ -124,7 +124,7 @@ class Tokenizer:
         return Encoding(ids, text, add_special_tokens, self._inner)
 
     def _ids(self, text: str, add_special_tokens: bool) -> Sequence[int]:
-        """An array where the text is long. Raises TypeError for lone surrogates."""
+        """`TokenIds` where the text is long. Raises TypeError for lone surrogates."""
         if self._pieces is not None and self._pieces.worth(text):
             return self._pieces.encode(text, add_special_tokens)
         # Unlike encode(), the batch call releases the GIL, and "fast" leaves out the offsets.

@@ -83,10 +83,8 @@ def encode_request(request: Request) -> pb.Request:
 
 
 def _pack_ids(ids: Sequence[int]) -> bytes:
-    if isinstance(ids, TokenIds):
-        return _little_endian(ids[:]).tobytes()
     try:
-        packed = array(_UINT32, ids)
+        packed = array(ids.typecode if isinstance(ids, TokenIds) else _UINT32, ids)
     except OverflowError as error:
         raise ValueError(f"a token id has no place in 32 bits: {error}") from None
     return _little_endian(packed).tobytes()

@@ -20,7 +20,7 @@ from tgi_model_server.device import AttentionShape, Bucket, KVLayout
 from tgi_model_server.kernels.decode import choose_splits
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.shared import SharedKeys, choose_shared_splits
-from tgi_model_server.kernels.sharing import Group, find_lonely, find_sharing
+from tgi_model_server.kernels.sharing import Group, find_lonely, find_sharing, tiles_of
 from tgi_model_server.kernels.tiles import decode_tokens, prefill_tokens
 from tgi_model_server.plan import StepPlan
 
@@ -32,8 +32,8 @@ _SPARE_TILES = 4
 
 _ANY_TILES = 1 << 30
 
-_Ints: TypeAlias = npt.NDArray[np.int32]
-_NO_PAGES: _Ints = np.empty(0, np.int32)
+Ints: TypeAlias = npt.NDArray[np.int32]
+_NO_PAGES: Ints = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,12 @@ def triton_plan(
     device: torch.device,
     cores: int,
     tuning: Tuning,
-    pages: PageLists | None = None,
+    pages: Sequence[Ints] | None = None,
     per_tile: int | None = None,
 ) -> TritonAttentionPlan:
     """A plan of exactly this step, its decode rows first. `cores` are the chip's processors that run programs.
 
+    `pages`: the plan's as `PageLists` gives them, where the caller keeps one.
     `per_tile`: tokens of a tile, of one head, of who computes the prompts, if it is not `prefill`; rows that fill it
     share nothing.
     """
@@ -110,7 +111,7 @@ def triton_plan(
     decode_rows = sum(query_len == 1 for query_len in plan.query_lens)
     tiles = _list_tiles(plan, order, prefill_tokens(shape, tuning))
     longest = max(plan.kv_lens, default=1)
-    shared_tiles = sum(triton.cdiv(_new_tokens(plan, group), per_shared) for group in groups)
+    shared_tiles = sum(tiles_of(plan, group, per_shared) for group in groups)
     sizes = _Sizes(
         tokens=plan.num_tokens,
         rows=len(order),
@@ -123,8 +124,8 @@ def triton_plan(
     at_once = _programs_at_once(cores, only_decode=plan.is_decode)
     shared_splits = _choose_shared_splits(groups, shared_tiles, shape, at_once, tuning.max_splits, tuning)
     buffer, place = _host_buffer(sizes, device), sizes.starts()
-    arrays = (pages or PageLists()).arrays(plan.pages)
-    _fill(buffer.numpy(), sizes, plan, arrays, order, tiles, groups, shared_splits, layout.page_size)
+    pages = pages or PageLists().arrays(plan.pages)
+    _fill(buffer.numpy(), sizes, plan, pages, order, tiles, groups, shared_splits, layout.page_size)
     moved = buffer.to(device, non_blocking=True)
     splits = choose_splits(decode_rows, shape.num_kv_heads, longest, cores, tuning)
     return _views(moved, place, sizes, layout, splits, shared_tiles * shared_splits, shared_splits, groups)
@@ -134,12 +135,12 @@ class PageLists:
     """Sequences' page ids as arrays, int32: lists of thousands, which only grow, are not converted in every step."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Sequence[int], _Ints, int]] = {}
+        self._known: dict[int, tuple[Sequence[int], Ints, int]] = {}
         """By id: the list, which keeps its id while it is here, and its array, of which so many are filled in."""
 
-    def arrays(self, lists: Sequence[Sequence[int]]) -> list[_Ints]:
+    def arrays(self, lists: Sequence[Sequence[int]]) -> list[Ints]:
         """Each at least as long as its list. Lists of the last call are remembered."""
-        known: dict[int, tuple[Sequence[int], _Ints, int]] = {}
+        known: dict[int, tuple[Sequence[int], Ints, int]] = {}
         for each in lists:
             _, array, count = self._known.get(id(each), (each, _NO_PAGES, 0))
             size = len(each)
@@ -220,7 +221,7 @@ class FixedPlan:
             fill = self._at_once // self._shape.num_kv_heads
             size, tuning = self._layout.page_size, self._tuning
             groups = _find_groups(plan, size, tuning, sizes.per_shared, fill, sizes.shared_tiles)
-        shared_tiles = sum(triton.cdiv(_new_tokens(plan, group), sizes.per_shared) for group in groups)
+        shared_tiles = sum(tiles_of(plan, group, sizes.per_shared) for group in groups)
         most = self._programs // max(1, shared_tiles)
         splits = _choose_shared_splits(groups, shared_tiles, self._shape, self._at_once, most, self._tuning)
         order = range(sizes.rows)
@@ -243,13 +244,11 @@ def _find_groups(
     plan: StepPlan, page_size: int, tuning: Tuning, per_tile: int, fill: int, most_tiles: int = _ANY_TILES
 ) -> list[Group]:
     groups = find_sharing(plan, page_size, worth=tuning.shared_keys, per_tile=per_tile, most_tiles=most_tiles)
+    if plan.is_decode:
+        return groups  # rows of one token have programs enough
     return groups + find_lonely(
         plan, page_size, groups, keys=tuning.lonely_keys, fill=fill, per_tile=per_tile, most_tiles=most_tiles
     )
-
-
-def _new_tokens(plan: StepPlan, group: Group) -> int:
-    return sum(plan.query_lens[row] for row in group.rows)
 
 
 def _programs_at_once(cores: int, *, only_decode: bool) -> int:
@@ -285,10 +284,10 @@ def _list_tiles(plan: StepPlan, order: Sequence[int], per_tile: int) -> list[tup
 
 
 def _fill(
-    buffer: _Ints,
+    buffer: Ints,
     sizes: _Sizes,
     plan: StepPlan,
-    pages: Sequence[_Ints],
+    pages: Sequence[Ints],
     order: Sequence[int],
     tiles: list[tuple[int, int]],
     groups: Sequence[Group],
@@ -324,7 +323,7 @@ def _fill(
 
 
 def _fill_shared(
-    parts: Sequence[_Ints],
+    parts: Sequence[Ints],
     sizes: _Sizes,
     plan: StepPlan,
     order: Sequence[int],

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import triton
-
 from tgi_model_server.plan import StepPlan
 
 _LEADERS = 3
@@ -20,6 +18,11 @@ class Group:
 
     rows: list[int]
     keys: int
+
+
+def tiles_of(plan: StepPlan, group: Group, per_tile: int) -> int:
+    """Tiles of at most `per_tile` new tokens that the rows of a group have together."""
+    return -(-sum(plan.query_lens[row] for row in group.rows) // per_tile)
 
 
 def find_sharing(
@@ -44,7 +47,7 @@ def find_sharing(
             if group is None:
                 leaders, rows = leaders + 1, rows[1:]
                 continue
-            tiles += triton.cdiv(sum(plan.query_lens[row] for row in group.rows), per_tile)
+            tiles += tiles_of(plan, group, per_tile)
             if most_tiles is not None and tiles > most_tiles:
                 return found
             found.append(group)
@@ -69,7 +72,7 @@ def find_lonely(
         return []
     left = most_tiles
     for group in groups:
-        left -= triton.cdiv(sum(plan.query_lens[row] for row in group.rows), per_tile)
+        left -= tiles_of(plan, group, per_tile)
         for row in group.rows:
             tiles.pop(row, None)
     found: list[Group] = []
