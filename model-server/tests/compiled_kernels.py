@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tgi_model_server.kernels.ahead import TARGETS, Built, build, launches
 from tgi_model_server.kernels.launch import Tuning, interpreted
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import triton_plan
-from tgi_model_server.kernels.warm import compile_states
+from tgi_model_server.kernels.warm import compile_attention, start_states
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.worst_case import largest_plans
 
@@ -150,21 +151,24 @@ def test_prompts_that_share_keys_use_the_matrix_units_too(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_what_continues_from_shared_keys_compiles_without_spilling(target: str) -> None:
-    built = build_all(lambda: compile_states(LLAMA_8B, KVLayout(32), META, TUNINGS[target[:2]]), target)
+    built = build_all(lambda: start_states(LLAMA_8B, KVLayout(32), TUNINGS[target[:2]]), target)
     assert [each.spilled_bytes for each in built] == [0] * 5
 
 
-def compilations(rows: list[tuple[int, int]], together: bool) -> set[tuple[str, ...]]:
-    """What of Triton's is compiled for the attention of a step."""
-    noted = launches(lambda: attend(TUNINGS["sm"], rows, together=together))
-    return {(each.name, *map(repr, (each.signature, each.constants, each.aligned, each.options))) for each in noted}
+def compilations(call: Callable[[], object]) -> set[tuple[str, ...]]:
+    """What of Triton's is compiled for it."""
+    return {
+        (each.name, *map(repr, (each.signature, each.constants, each.aligned, each.options))) for each in launches(call)
+    }
 
 
-def test_no_step_finds_a_kernel_that_the_largest_steps_had_no_use_for() -> None:
-    limits = StepLimits(max_rows=256, max_tokens=8448, max_kv_len=131_072)
-    ready: set[tuple[str, ...]] = set()
-    for plan in largest_plans(limits, 16):
-        ready |= compilations(list(zip(plan.query_lens, plan.kv_lens, strict=True)), together=True)
+def test_no_step_finds_a_kernel_that_was_not_compiled_at_the_start() -> None:
+    limits, tuning = StepLimits(max_rows=256, max_tokens=8448, max_kv_len=131_072), TUNINGS["sm"]
+    layout = KVLayout(16)
+    ready = compilations(lambda: compile_attention(LLAMA_8B, layout, limits, cores=132, tuning=tuning, states=False))
+    for plan in largest_plans(limits, layout.page_size):
+        rows = list(zip(plan.query_lens, plan.kv_lens, strict=True))
+        assert compilations(partial(attend, tuning, rows, together=True)) <= ready
     draw = random.Random(0)
     for _ in range(120):
         longest = draw.choice((20, 300, 1500, 6000, 32_000, 100_000))
@@ -173,7 +177,8 @@ def test_no_step_finds_a_kernel_that_the_largest_steps_had_no_use_for() -> None:
             new = draw.choice((2, 16, 50, 500))
             rows.append((new, new + draw.choice((0, draw.randint(0, longest)))))
         for together in (False, True):
-            assert compilations(rows, together) <= ready, f"rows of (new, keys) {rows}, together: {together}"
+            found = compilations(partial(attend, tuning, rows, together=together))
+            assert found <= ready, f"rows of (new, keys) {rows}, together: {together}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

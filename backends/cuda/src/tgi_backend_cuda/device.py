@@ -28,7 +28,7 @@ from tgi_model_server.device import (
 )
 from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.plan import FixedPlan, PageLists, TritonAttentionPlan, triton_plan
-from tgi_model_server.kernels.warm import compile_states
+from tgi_model_server.kernels.warm import compile_attention
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import StepInput
@@ -128,7 +128,7 @@ class CudaDevice:
         self, plan: StepPlan, shape: AttentionShape, layout: KVLayout, bucket: Bucket | None = None
     ) -> TritonAttentionPlan:
         if bucket is None:
-            prompts = None if plan.is_decode else self._prompt_attention(shape, layout)
+            prompts = None if plan.is_decode else self._prompt_attention(plan, shape, layout)
             pages = self._pages.arrays(plan.pages)
             made = triton_plan(
                 plan,
@@ -146,7 +146,7 @@ class CudaDevice:
         fixed = self._fixed.get(bucket)
         if fixed is None:
             if bucket.num_tokens > bucket.num_rows:
-                self._prompt_attention(shape, layout)  # `prefers_captured` wants to know
+                self._prompt_attention(plan, shape, layout)  # `prefers_captured` wants to know
             assert self._limits is not None, "buckets() comes first"
             fixed = self._fixed[bucket] = FixedPlan(
                 bucket,
@@ -161,11 +161,12 @@ class CudaDevice:
             )
         return fixed.update(plan)
 
-    def _prompt_attention(self, shape: AttentionShape, layout: KVLayout) -> PromptAttention | None:
+    def _prompt_attention(self, plan: StepPlan, shape: AttentionShape, layout: KVLayout) -> PromptAttention | None:
+        """Made for the first step with prompts, which is the largest there will be."""
         if shape not in self._prompts:
             made = prompt_attention(shape, layout, self.torch_device, self.pipeline_depth)
-            if made is not None:
-                compile_states(shape, layout, self.torch_device, self.tuning)
+            largest = StepLimits(len(plan.slots), plan.num_tokens, max(plan.kv_lens))
+            compile_attention(shape, layout, largest, cores=self._cores, tuning=self.tuning, states=made is not None)
             self._prompts[shape] = made
         return self._prompts[shape]
 

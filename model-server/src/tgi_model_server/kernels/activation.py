@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.kernels.launch import power_of_two, warps_for
+from tgi_model_server.kernels.launch import launch, power_of_two, warps_for
 
 _BLOCK = 1024
 
@@ -34,7 +34,14 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(_BLOCK, power_of_two(width))
-        silu_mul_kernel[(rows, triton.cdiv(width, block))](
-            gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=block, num_warps=warps_for(block)
+        launch(
+            silu_mul_kernel,
+            (rows, triton.cdiv(width, block)),
+            gate_up,
+            out,
+            gate_up.stride(0),
+            WIDTH=width,
+            BLOCK=block,
+            num_warps=warps_for(block),
         )
     return out

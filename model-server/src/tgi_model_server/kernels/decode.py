@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
+from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, launch, power_of_two, shrink
 from tgi_model_server.kernels.shared import SharedState
 from tgi_model_server.kernels.tiles import attend_tiles, mix_splits, shared_beginning, strides
 
@@ -198,7 +198,9 @@ def decode(
     if splits > 1:
         part_out = torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
-    decode_kernel[(rows, kv_heads, splits)](
+    launch(
+        decode_kernel,
+        (rows, kv_heads, splits),
         q,
         k_pool,
         v_pool,
@@ -229,7 +231,9 @@ def decode(
     if splits > 1:
         # Few different sizes: each is compiled.
         block_s = max(_FEWEST_SPLITS, splits)
-        reduce_splits_kernel[(rows, heads)](
+        launch(
+            reduce_splits_kernel,
+            (rows, heads),
             part_out,
             part_lse,
             out,

@@ -1,9 +1,14 @@
-"""What launching needs: sizes of tiles, and whether kernels are compiled or interpreted."""
+"""What launching needs: sizes of tiles, whether kernels are compiled or interpreted, and compiling alone."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -43,6 +48,30 @@ class Tuning:
     """Most programs that share one row of decode attention."""
     split_keys: int = 256
     """Keys that make another split worth its reduction."""
+
+
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """`kernel` over `grid`, in stream order; in `compiling` nothing runs."""
+    if _compiles_only.get():
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Kernels that this thread starts here are compiled instead, on all cores, and ready behind it. Tensors may be of
+    any device, "meta" included: only their dtypes and alignment matter.
+    """
+    with ThreadPoolExecutor(os.cpu_count() or 1, "triton") as pool, triton.AsyncCompileMode(pool):
+        before = _compiles_only.set(True)
+        try:
+            yield
+        finally:
+            _compiles_only.reset(before)
 
 
 @triton.jit

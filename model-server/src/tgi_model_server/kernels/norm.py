@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.kernels.launch import power_of_two, warps_for
+from tgi_model_server.kernels.launch import launch, power_of_two, warps_for
 
 _TILE = 1024
 """Numbers of a tile when rows are short, as those of single heads are."""
@@ -53,7 +53,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return out
     block = power_of_two(width)
     together = min(max(1, _TILE // block), power_of_two(rows))
-    rms_norm_kernel[(triton.cdiv(rows, together),)](
+    launch(
+        rms_norm_kernel,
+        (triton.cdiv(rows, together),),
         x,
         weight,
         out,

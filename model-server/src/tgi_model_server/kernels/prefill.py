@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
+from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, launch, power_of_two, shrink
 from tgi_model_server.kernels.shared import SharedState
 from tgi_model_server.kernels.tiles import attend_range, prefill_tile, shared_beginning, strides
 
@@ -146,7 +146,9 @@ def prefill(
     assert state is None or not window
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], k_pool.shape[2]
     group = heads // kv_heads
-    prefill_kernel[(tiles.shape[0], kv_heads)](
+    launch(
+        prefill_kernel,
+        (tiles.shape[0], kv_heads),
         q,
         k_pool,
         v_pool,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tgi_model_server.device import HeadNorms
-from tgi_model_server.kernels.launch import power_of_two, warps_for
+from tgi_model_server.kernels.launch import launch, power_of_two, warps_for
 from tgi_model_server.kv.pool import saturation
 
 _TILE = 1024
@@ -204,7 +204,9 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: tor
         return
     block = power_of_two(head_dim)
     heads = min(max(1, _TILE // block), power_of_two(kv_heads))
-    write_kv_kernel[(tokens, triton.cdiv(kv_heads, heads))](
+    launch(
+        write_kv_kernel,
+        (tokens, triton.cdiv(kv_heads, heads)),
         k,
         v,
         k_pool,
@@ -249,7 +251,9 @@ def _launch(
         assert k_pool.stride() == v_pool.stride()
     block = power_of_two(q.shape[2])
     heads = min(max(1, _TILE // block), power_of_two(q.shape[1]))
-    rope_kernel[(q.shape[0], triton.cdiv(q.shape[1], heads) + triton.cdiv(k.shape[1], heads))](
+    launch(
+        rope_kernel,
+        (q.shape[0], triton.cdiv(q.shape[1], heads) + triton.cdiv(k.shape[1], heads)),
         q,
         k,
         v,

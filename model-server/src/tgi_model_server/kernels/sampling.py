@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.kernels.launch import LOG2E, power_of_two
+from tgi_model_server.kernels.launch import LOG2E, launch, power_of_two
 
 _CHUNK = 4096
 _BLOCK = 1024
@@ -168,8 +168,18 @@ def greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if rows:
         best, best_at, sums = _chunks(logits, None)
         chunks = best.shape[1]
-        greedy_kernel[(rows,)](
-            best, best_at, sums, out, logsumexp, LOG2E, CHUNKS=chunks, BLOCK_C=power_of_two(chunks), num_warps=1
+        launch(
+            greedy_kernel,
+            (rows,),
+            best,
+            best_at,
+            sums,
+            out,
+            logsumexp,
+            LOG2E,
+            CHUNKS=chunks,
+            BLOCK_C=power_of_two(chunks),
+            num_warps=1,
         )
     return out, logsumexp
 
@@ -184,7 +194,9 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor,
     if rows:
         best, best_at, sums = _chunks(logits, temperature)
         chunks = best.shape[1]
-        draw_kernel[(rows,)](
+        launch(
+            draw_kernel,
+            (rows,),
             logits,
             temperature,
             seeds,
@@ -211,7 +223,9 @@ def _chunks(logits: torch.Tensor, temperature: torch.Tensor | None) -> tuple[tor
     best = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     best_at = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
     sums = torch.empty_like(best)
-    chunk_kernel[(rows, chunks)](
+    launch(
+        chunk_kernel,
+        (rows, chunks),
         logits,
         temperature,
         best,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, power_of_two, shrink
+from tgi_model_server.kernels.launch import LOG2E, SMALLEST_DOT, Tuning, interpreted, launch, power_of_two, shrink
 from tgi_model_server.kernels.sharing import Group
 from tgi_model_server.kernels.tiles import attend_range, mix_splits, prefill_tile, strides
 
@@ -263,7 +263,9 @@ def attend_shared(
     parts = shared.programs * tokens
     part_out = torch.empty((parts, heads, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((parts, heads), dtype=torch.float32, device=q.device)
-    shared_kernel[(shared.programs, kv_heads)](
+    launch(
+        shared_kernel,
+        (shared.programs, kv_heads),
         q,
         k_pool,
         v_pool,
@@ -292,7 +294,9 @@ def attend_shared(
     out = torch.empty((places, heads, head_dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((places, heads), dtype=torch.float32, device=q.device)
     block_s = power_of_two(tuning.max_splits)
-    reduce_shared_kernel[(places, heads)](
+    launch(
+        reduce_shared_kernel,
+        (places, heads),
         part_out,
         part_lse,
         out,
@@ -327,7 +331,9 @@ def merge_shared(
     assert own_lse.is_contiguous()
     heads, head_dim = out.shape[1:]
     per_tile = prefill_tile(heads // kv_heads, head_dim, out.dtype, tuning) // (heads // kv_heads)
-    merge_kernel[(tiles.shape[0], per_tile)](
+    launch(
+        merge_kernel,
+        (tiles.shape[0], per_tile),
         out,
         own_lse,
         state.out,
