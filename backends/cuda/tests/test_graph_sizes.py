@@ -23,7 +23,15 @@ def test_the_users_list_is_taken_as_it_is_within_the_largest_batch() -> None:
 
 
 def test_steps_with_prompts_are_recorded_up_to_the_largest_and_have_more_tokens_than_rows() -> None:
-    assert mixed_sizes(256, 2048) == [(256, 2048), (256, 1536), (256, 1024), (256, 512), (128, 256)]
-    assert mixed_sizes(4, 600) == [(4, 512), (4, 256)]
+    assert mixed_sizes(256, 2048) == [
+        (256, 2048),
+        (256, 1536),
+        (256, 1024),
+        (256, 512),
+        (128, 256),
+        (64, 128),
+        (32, 64),
+    ]
+    assert mixed_sizes(4, 600) == [(4, 512), (4, 256), (4, 128), (4, 64)]
     assert mixed_sizes(4, 32) == [(4, 32)]
     assert mixed_sizes(1, 1) == []

@@ -26,7 +26,7 @@ def graph_sizes(max_rows: int, wanted: Sequence[int] | None = None) -> list[int]
     return sorted({*sizes, max_rows}, reverse=True)
 
 
-_MIXED = (256, 512, 1024, 1536, 2048)
+_MIXED = (64, 128, 256, 512, 1024, 1536, 2048)
 """Tokens of steps with prompts. Starting such a step's launches one by one takes the host 13 ms and more, in which no
 token that is ready leaves.
 """
