@@ -107,13 +107,12 @@ def sum_kernel(
     fetch its weights while this one waits for the others.
     """
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     program = tl.program_id(0)
     count = tl.load(counts + program) + 1
     half = (count & 1).to(tl.int64) * (WORLD * CAPACITY)
     _send(x, addresses, half + RANK * CAPACITY, count, words, RANK, WORLD, BLOCK)
-    if EARLY:
-        gdc_launch_dependents()
     for chunk in range(program, tl.cdiv(words, BLOCK), tl.num_programs(0)):
         at = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = at < words
@@ -157,13 +156,12 @@ def gather_kernel(
     The rest as in `sum_kernel`.
     """
     if EARLY:
+        gdc_launch_dependents()
         gdc_wait()
     program = tl.program_id(0)
     count = tl.load(counts + program) + 1
     half = (count & 1).to(tl.int64) * (WORLD * CAPACITY)
     _send(x, addresses, half + RANK * CAPACITY, count, words, RANK, WORLD, BLOCK)
-    if EARLY:
-        gdc_launch_dependents()
     for chunk in range(program, tl.cdiv(words, BLOCK), tl.num_programs(0)):
         at = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = at < words
