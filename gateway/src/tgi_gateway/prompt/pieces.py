@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import tokenizers
 
+from tgi_gateway.prompt.words import Words
 from tgi_gateway.types import TokenIds
 
 PIECE_CHARACTERS = 1024
@@ -40,7 +41,7 @@ class Pieces:
         self, inner: tokenizers.Tokenizer, characters: int, most: int, around: tuple[list[int], list[int]]
     ) -> None:
         """Made by `of`. `around`: special tokens before and behind a text."""
-        self._inner = inner
+        self._words = Words(inner)
         self._around = around
         self._characters = characters
         self._most = most
@@ -91,7 +92,7 @@ class Pieces:
     def _encode(self, new: Mapping[str, Future[array[int]]]) -> None:
         """Fill in the ids of pieces that nobody else encodes."""
         try:
-            encodings = self._inner.encode_batch_fast(list(new), add_special_tokens=False)
+            encoded = self._words.encode(new)
         except BaseException as error:
             with self._lock:
                 for piece, ids in new.items():
@@ -100,8 +101,8 @@ class Pieces:
             for ids in new.values():
                 ids.set_exception(error)
             raise
-        for ids, encoding in zip(new.values(), encodings, strict=True):
-            ids.set_result(array("i", encoding.ids))
+        for ids, result in zip(new.values(), encoded, strict=True):
+            ids.set_result(result)
 
     def cut(self, text: str) -> Iterator[str]:
         """Pieces of `characters` or a word more; the last is what is left, and so changes with the text."""
