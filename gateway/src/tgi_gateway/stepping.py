@@ -12,13 +12,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tgi_gateway.backend import Backend, Capabilities, Capacity, Emit, ModelInfo, check_request
-from tgi_gateway.errors import GatewayError, IncompleteGeneration, StartError, Unhealthy
+from tgi_gateway.errors import BackendFailed, GatewayError, IncompleteGeneration, StartError, Unhealthy
 from tgi_gateway.types import (
     Failed,
     Finished,
@@ -30,6 +29,7 @@ from tgi_gateway.types import (
     Token,
     Usage,
 )
+from tgi_gateway.work_thread import WorkThread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,12 +43,15 @@ class Row:
     """A request in the engine, waiting or running."""
 
     request: Request
+    """What was asked for; it never changes."""
     submitted_at: float = field(default_factory=time.monotonic)
     """time.monotonic() seconds, as all times here."""
     started_at: float = 0.0
+    """When it entered; 0.0: it waits."""
     not_before: float = 0.0
     """It takes part in no step before this time."""
     output: list[int] = field(default_factory=list)
+    """Ids of its tokens so far. `SteppingBackend` appends what `step` returns."""
 
     @property
     def kv_tokens(self) -> int:
@@ -86,7 +89,7 @@ class SteppingBackend(Backend):
         self._stopping = False
         self._ended = False
         self._task: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._thread = WorkThread("engine")
 
     # What an engine says.
 
@@ -97,20 +100,37 @@ class SteppingBackend(Backend):
     def step(self, rows: Sequence[Row]) -> Sequence[Token | GatewayError]:
         """One step of the model, in the engine's thread: the next token of each row, in order of `rows`.
 
-        A row without output is new: compute its prompt. A GatewayError in place of a token fails that row alone; an
-        exception ends the engine, and every request with it.
+        A row without output is new: compute its prompt, however long; only memory and `max_sequences` limit who
+        enters. A GatewayError in place of a token fails that row alone; an exception ends the engine, and every
+        request with it. `health` asks an idle engine for a step of one row, whose prompt is token 0.
         """
         raise NotImplementedError
+
+    def held_back(self, row: Row) -> tuple[int, ...]:
+        """Ids that may not be the row's next token: those that would end it before `StopRules.min_new_tokens`.
+
+        An engine that declares `min_new_tokens` gives them a logit of minus infinity.
+        """
+        stop = row.request.stop
+        if len(row.output) >= stop.min_new_tokens:
+            return ()
+        return (*self.model.eos_token_ids, *stop.stop_token_ids)
 
     def release(self, row: Row) -> None:
         """The row takes part in no further step: give back what the model keeps for it. Called between two steps."""
 
     def prompt_logprobs(self, row: Row) -> tuple[float, ...]:  # noqa: ARG002
-        """What `Request.prefill_logprobs` asks for, once the row has output."""
+        """What `Request.prefill_logprobs` asks for: one for each prompt token, the first `NO_LOGPROB`.
+
+        Called once, before `release`, when the row ends or is cancelled after its first token; in the event loop, so
+        have them ready.
+        """
         return ()
 
     def prompt_top(self, row: Row) -> tuple[tuple[tuple[int, float], ...], ...]:  # noqa: ARG002
-        """What `Request.prefill_top_n_tokens` asks for, once the row has output."""
+        """What `Request.prefill_top_n_tokens` asks for: for each prompt token the most likely (id, log-probability)
+        pairs in its place, most likely first; () for the first token. Called as `prompt_logprobs`.
+        """
         return ()
 
     # Any thread.
@@ -147,9 +167,10 @@ class SteppingBackend(Backend):
         self._loop = asyncio.get_running_loop()
         try:
             self.model = await self._in_thread(self.load)
-        except GatewayError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            self._thread.end()
+            if isinstance(error, GatewayError) or not isinstance(error, Exception):
+                raise
             log.exception("the engine cannot start")
             raise StartError(f"the engine cannot start: {type(error).__name__}: {error}") from error
         self._free_kv_tokens = self.model.max_batch_total_tokens
@@ -174,9 +195,10 @@ class SteppingBackend(Backend):
         await asyncio.wait([self._task], timeout=drain_s)
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._thread.shutdown(wait=False)
+        self._thread.end()
 
     async def _run(self) -> None:
+        why = "the engine stopped"
         try:
             while not (self._stopping and not self._waiting and not self._running and not self._inbox):
                 await self._until_there_is_work()
@@ -190,8 +212,10 @@ class SteppingBackend(Backend):
                 if events:
                     self._emit(events)
                 self._answer_checks(None)
-        except Exception:
+        except Exception as error:
             log.exception("the step loop died")
+            if isinstance(error, GatewayError):  # whose text is for clients
+                why = f"{why}: {error.detail}"
         finally:
             self._ended = True
             unfinished = [*self._waiting, *self._running]
@@ -201,7 +225,7 @@ class SteppingBackend(Backend):
             self._running.clear()
             self._free_kv_tokens = self.model.max_batch_total_tokens
             self._answer_checks(Unhealthy("the step loop has ended"))
-            self._fail(unfinished, IncompleteGeneration("the engine stopped"))
+            self._fail(unfinished, IncompleteGeneration(why))
             self._refuse_inbox()
 
     def _answer_checks(self, error: Unhealthy | None) -> None:
@@ -236,9 +260,10 @@ class SteppingBackend(Backend):
                     else:
                         self._waiting[item.request.request_id] = item
                 case int():
-                    row = self._remove(item)
+                    row = self._running.get(item) or self._waiting.get(item)
                     if row is not None:
                         events.finished.append(self._finished(row, "cancelled"))
+                        self._remove(item)
                 case None:
                     self._stopping = True
                 case _:
@@ -262,14 +287,14 @@ class SteppingBackend(Backend):
             row.started_at = time.monotonic()
             self._running[request_id] = row
 
-    def _remove(self, request_id: int) -> Row | None:
+    def _remove(self, request_id: int) -> None:
         """Take a request out, with everything it holds."""
         row = self._running.pop(request_id, None)
         if row is None:
-            return self._waiting.pop(request_id, None)
+            self._waiting.pop(request_id, None)
+            return
         self._free_kv_tokens += row.kv_tokens
         self._release(row)
-        return row
 
     def _release(self, row: Row) -> None:
         """An engine that cannot give back is broken, but every request must be told its ending all the same."""
@@ -281,13 +306,30 @@ class SteppingBackend(Backend):
     async def _advance(self, events: StepEvents) -> None:
         """Run a step and tell what came of it."""
         rows = list(self._running.values())
-        tokens = await self._in_thread(lambda: self.step(rows))
-        for row, token in zip(rows, tokens, strict=True):
+        for row, token in zip(rows, await self._step_of(rows), strict=True):
             self._give(row, token, events)
+
+    async def _step_of(self, rows: Sequence[Row]) -> Sequence[Token | GatewayError]:
+        """What `step` returns for `rows`. Raises `BackendFailed` if that is not one for each."""
+        tokens = await self._in_thread(lambda: list(self.step(rows)))
+        if len(tokens) != len(rows):
+            raise BackendFailed(f"step returned {len(tokens)} tokens for {len(rows)} rows")
+        for row, token in zip(rows, tokens, strict=True):
+            if isinstance(token, Token) and token.request_id != row.request.request_id:
+                raise BackendFailed(
+                    f"step returned a token of request {token.request_id} in the place of request "
+                    f"{row.request.request_id}: they come in the order of `rows`"
+                )
+        return tokens
 
     def _give(self, row: Row, token: Token | GatewayError, events: StepEvents) -> None:
         """The row's next token, and its ending if that was the last."""
         request_id = row.request.request_id
+        if not isinstance(token, GatewayError) and not 0 <= token.token_id < self.model.vocab_size:
+            token = BackendFailed(
+                f"the engine chose token {token.token_id}, which is not in its vocabulary of {self.model.vocab_size}"
+            )
+            log.error("request %d: %s", request_id, token.detail)
         if isinstance(token, GatewayError):
             self._remove(request_id)
             events.failed.append(Failed(request_id, token.error_type, token.detail))
@@ -300,13 +342,13 @@ class SteppingBackend(Backend):
         events.logprobs.append(token.logprob)
         reason = self._stop_reason(row)
         if reason is not None:
-            self._remove(request_id)
             events.finished.append(self._finished(row, reason))
+            self._remove(request_id)
 
     async def _probe(self) -> None:
         """A step of one token that nobody hears of."""
         row = Row(_PROBE)
-        await self._in_thread(lambda: self.step([row]))
+        await self._step_of([row])
         self._release(row)
 
     def _stop_reason(self, row: Row) -> FinishReason | None:
@@ -340,7 +382,7 @@ class SteppingBackend(Backend):
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """`work` in the engine's thread. What runs there is not broken off: whoever is cancelled waits for it."""
-        done = self._loop.run_in_executor(self._thread, work)
+        done = asyncio.wrap_future(self._thread.run(work), loop=self._loop)
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:

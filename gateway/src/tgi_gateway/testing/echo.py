@@ -140,10 +140,7 @@ class EchoBackend(SteppingBackend):
         """Choose the row's next token. A GatewayError ends this row, any other exception the engine."""
         request, vocab_size = row.request, self.model.vocab_size
         expected = self.expected_token(row)
-        banned: tuple[int, ...] = ()
-        if len(row.output) < request.stop.min_new_tokens:
-            eos = () if request.stop.ignore_eos else self.model.eos_token_ids
-            banned = (*eos, *request.stop.stop_token_ids)
+        banned = self.held_back(row)
         token_id = distribution.choose(expected, vocab_size, request.sampling, request.input_ids, row.output, banned)
         return Token(
             request.request_id,
