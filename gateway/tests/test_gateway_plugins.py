@@ -86,7 +86,18 @@ def test_an_import_error_is_told_with_its_cause_and_the_way_out(site: Path) -> N
         ),
         ("from tgi_gateway.hooks import hookimpl\n@hookimpl\ndef tgi_bakend():\n    pass\n", "tgi_bakend"),
         (GOOD.format(name="other", version=API_VERSION), "calls itself `other`"),
-        ("import sys\nsys.exit('boom')", "SystemExit: boom"),
+        ("import sys\nsys.exit('boom')", r"SystemExit: boom, in line 2 of .*toy_defective_\w+\.py"),
+        ("x = 1\nif x\n    pass\n", r"SyntaxError: expected ':', in line 2 of .*toy_defective_\w+\.py"),
+        (
+            GOOD.format(name="defective", version=API_VERSION).replace(
+                "Capabilities()", "Capabilities(features=frozenset({'temperature', 'top_k'}))"
+            ),
+            r"declares features that do not exist: temperature; known are .*sampling",
+        ),
+        (
+            "from tgi_gateway.backend import Flag\nFlag('n-threads', int, 1, 'Threads.')\n",
+            r"named as it is typed, such as --n-threads; got 'n-threads', in line 2 of .*toy_defective_\w+\.py",
+        ),
     ],
 )
 def test_a_defective_plugin_is_a_plugin_error(site: Path, source: str, text: str) -> None:

@@ -243,6 +243,12 @@ def test_a_plugin_adds_flags_of_its_own_and_they_reach_the_engine() -> None:
         Settings.parse(["--backend", "toy", "--n-threads", "x"], {}, flags_of=flags_of)
 
 
+@pytest.mark.parametrize("name", ["n-threads", "n_threads", "--n_threads", "-n", "--N-Threads", "--n--threads", "--"])
+def test_a_flag_is_named_as_it_is_typed(name: str) -> None:
+    with pytest.raises(ValueError, match="such as --n-threads; got"):
+        Flag(name, int, 4, "Threads.")
+
+
 def test_a_plugin_cannot_take_a_flag_that_exists() -> None:
     with pytest.raises(PluginError, match="already exists"):
         Settings.parse([], {}, flags_of=lambda _: (Flag("--port", int, 1, ""),))

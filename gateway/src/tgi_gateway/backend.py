@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -211,18 +212,35 @@ class ReportsProgress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A command-line flag that a plug-in adds. The environment variable is the name in upper case with underscores."""
+    """A command-line flag that a plug-in adds, such as ``Flag("--n-threads", int, 4, "Threads of a step.")``.
+
+    Also read from the environment variable N_THREADS; its value is ``EngineOptions.extra["n_threads"]``.
+    """
 
     name: str
-    """As typed, e.g. ``--n-threads``."""
+    """As typed: two dashes, then lower-case words with dashes between them."""
     kind: type
+    """bool, int, float, pathlib.Path or str: what the text on the command line has to be. A path arrives as str."""
     default: object
+    """The value when it is not given, passed on as it is."""
     help: str
+    """A sentence for ``tgi-gateway --backend NAME --help``."""
     choices: tuple[str, ...] = ()
     """What a text may be; empty: anything."""
     replaces_weights: bool = False
     """When it is given, the model's own weights are not needed."""
 
+    def __post_init__(self) -> None:
+        if not _FLAG.fullmatch(self.name):
+            raise ValueError(f"a flag is named as it is typed, such as --n-threads; got {self.name!r}")
+
+    @property
+    def key(self) -> str:
+        """Its name in `EngineOptions.extra`."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+_FLAG = re.compile(r"--[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 WeightFormat = Literal["safetensors", "gguf"]
 

@@ -22,8 +22,7 @@ SAFETENSORS: tuple[WeightFormat, ...] = ("safetensors",)
 
 def wanted_weights(plugin: BackendPlugin, settings: Settings) -> tuple[WeightFormat, ...]:
     """The formats in which this server could use the model's weights; none if it needs no weights of it."""
-    given = (settings.extra.get(flag.name.removeprefix("--").replace("-", "_")) for flag in plugin.flags)
-    replaced = any(value for flag, value in zip(plugin.flags, given, strict=True) if flag.replaces_weights)
+    replaced = any(settings.extra.get(flag.key) for flag in plugin.flags if flag.replaces_weights)
     return () if replaced or not plugin.needs_model else plugin.weights
 
 

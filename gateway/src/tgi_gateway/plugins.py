@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 import pluggy
 
-from tgi_gateway.backend import API_VERSION, BackendPlugin
+from tgi_gateway.backend import ALL_FEATURES, API_VERSION, BackendPlugin
 from tgi_gateway.errors import PluginError
 from tgi_gateway.hooks import ENTRY_POINT_GROUP, PROJECT, BackendHooks
 
 PUBLISHED = ("cpu", "cuda", "rocm", "xpu", "neuron", "tpu", "trtllm", "llamacpp")
 """Backends that have an extra of this distribution: ``pip install "tgi-gateway[NAME]"``."""
+
+_OURS = {"tgi_gateway", "importlib", "pluggy"}
+"""Folders of the code that loads plug-ins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,8 @@ def _load(point: importlib.metadata.EntryPoint) -> BackendPlugin:
         SystemExit,
     ) as error:  # a foreign module may raise anything at import; every case gets the same way out
         raise PluginError(
-            f"backend `{point.name}` (distribution {distribution}) cannot be loaded: {type(error).__name__}: {error}. "
-            f"Reinstall it: {pip_command(point.name, distribution)}"
+            f"backend `{point.name}` (distribution {distribution}) cannot be loaded: {_told(error)}. "
+            f"If it is not yours to mend, reinstall it: {pip_command(point.name, distribution)}"
         ) from error
     if not isinstance(plugin, BackendPlugin):
         raise PluginError(
@@ -95,7 +100,25 @@ def _load(point: importlib.metadata.EntryPoint) -> BackendPlugin:
         )
     if plugin.api_version not in (API_VERSION, API_VERSION - 1):
         raise PluginError(_wrong_version(plugin, distribution))
+    unknown = sorted(plugin.capabilities.features - ALL_FEATURES)
+    if unknown:
+        raise PluginError(
+            f"backend `{point.name}` (distribution {distribution}) declares features that do not exist: "
+            f"{', '.join(unknown)}; known are {', '.join(sorted(ALL_FEATURES))}. This is a defect of that distribution"
+        )
     return plugin
+
+
+def _told(error: BaseException) -> str:
+    """The error, with the place in foreign code that it comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}, in line {error.lineno} of {error.filename}"
+    places = [
+        f", in line {frame.lineno} of {frame.filename}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<") and not _OURS & set(Path(frame.filename).parts)
+    ]
+    return f"{type(error).__name__}: {error}{places[-1] if places else ''}"
 
 
 def pip_command(name: str, distribution: str | None = None) -> str:

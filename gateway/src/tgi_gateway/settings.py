@@ -323,7 +323,7 @@ class Settings:
             if not {"-h", "--help"} & set(argv):
                 raise
             added = ()
-        plugin_options = [_plugin_option(flag, backend) for flag in added]
+        plugin_options = [plugin_option(flag, backend) for flag in added]
         options = [*_OPTIONS.values(), *_ALIASES.values(), *plugin_options]
         parser = parser_of(
             options,
@@ -522,8 +522,9 @@ def _backend_name(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     return environ.get("BACKEND", "") or str(option.default)
 
 
-def _plugin_option(flag: Flag, backend: str) -> Option:
-    name = flag.name.removeprefix("--").replace("-", "_")
+def plugin_option(flag: Flag, backend: str) -> Option:
+    """A plug-in's flag as one of ours. Raises `PluginError` if there is one of that name."""
+    name = flag.key
     if name in _OPTIONS or name in _ALIASES:
         raise PluginError(f"backend `{backend}` adds a flag `{flag.name}` that already exists; this is its defect")
     kinds: dict[type, Kind] = {
