@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from launched import PROMPT, WAIT_S, Gateway, launched, serving, stream
-from servers import free_port
+from servers import free_port, run_server
 
 
 def test_both_apis_answer_streamed_and_not(byte_model: Path) -> None:
@@ -219,3 +219,48 @@ def test_without_a_model_id_the_demo_model_answers_on_the_cpu() -> None:
         gateway.process.send_signal(signal.SIGTERM)
         assert gateway.end() == 0
         assert gateway.left_behind() == []
+
+
+PREPARING = """
+from tgi_gateway.backend import BackendPlugin, ModelFiles
+from tgi_gateway.hooks import hookimpl
+from tgi_gateway.testing.echo import ECHO_CAPABILITIES
+
+
+def create(options):
+    from tgi_gateway.testing import EchoBackend
+    from tgi_gateway.testing.worker import byte_toy
+
+    assert options.model_path.name == "corpus.txt" and options.tokenizer_path.name == "made"
+    return EchoBackend(byte_toy())
+
+
+def prepare(options, folder):
+    from tgi_gateway.testing.worker import write_byte_model
+
+    made = folder / "made"
+    made.mkdir()
+    write_byte_model(made)
+    return ModelFiles(options.model_path / "corpus.txt", made)
+
+
+@hookimpl
+def tgi_backend():
+    return BackendPlugin("preparing", "makes its tokenizer", ECHO_CAPABILITIES, create, weights=(), prepare=prepare)
+"""
+
+
+def test_a_model_that_has_only_what_its_plugin_prepares_from_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, model = tmp_path / "tgi_backend_preparing-1.0.dist-info", tmp_path / "model"
+    for folder in (info, model):
+        folder.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tgi-backend-preparing\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tgi_gateway.backends]\npreparing = preparing\n")
+    (tmp_path / "preparing.py").write_text(PREPARING)
+    (model / "corpus.txt").write_text("abc")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with run_server(tmp_path, "--backend", "preparing", "--model-id", str(model)) as server:
+        body = {"inputs": "abc", "parameters": {"max_new_tokens": 6}}
+        assert httpx.post(f"{server.url}/generate", json=body, timeout=30).json() == {"generated_text": "abcabc"}

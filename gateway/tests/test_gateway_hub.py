@@ -141,8 +141,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def resolve(*argv: str, weights: tuple[WeightFormat, ...] = hub.SAFETENSORS) -> Path:
-    return hub.resolve(Settings.parse(argv, {}, flags_of=lambda _: ()), weights=weights)
+def resolve(*argv: str, weights: tuple[WeightFormat, ...] = ("safetensors",), tokenizer: bool = True) -> Path:
+    return hub.resolve(Settings.parse(argv, {}, flags_of=lambda _: ()), needs=hub.Needs(weights, tokenizer))
 
 
 def test_a_complete_folder_is_taken_as_it_is(folder: Path) -> None:
@@ -154,7 +154,11 @@ def test_a_file_is_a_model_for_engines_that_read_such_files(folder: Path) -> Non
     file = folder / "model.gguf"
     file.write_bytes(b"")
     assert resolve("--model-id", str(file), weights=("safetensors", "gguf")) == file.resolve()
-    for path, weights in ((file, hub.SAFETENSORS), (folder / "model.safetensors", ("safetensors", "gguf"))):
+    others: list[tuple[Path, tuple[WeightFormat, ...]]] = [
+        (file, ("safetensors",)),
+        (folder / "model.safetensors", ("safetensors", "gguf")),
+    ]
+    for path, weights in others:
         with pytest.raises(ModelError, match=r"is a file\. This backend serves model folders"):
             resolve("--model-id", str(path), weights=weights)
 
@@ -198,6 +202,29 @@ def test_only_a_tokenizer_is_needed_without_weights(folder: Path) -> None:
     assert resolve("--model-id", str(folder), weights=()) == folder
     (folder / "config.json").unlink()
     assert resolve("--model-id", str(folder), weights=()) == folder
+
+
+@pytest.mark.parametrize(
+    ("weights", "tokenizer", "text"),
+    [
+        (("safetensors",), True, "has no tokenizer.json, no config.json, no *.safetensors weights. Name a folder"),
+        (("gguf",), True, "has no tokenizer.json, no *.gguf weights. Name"),
+        (("gguf", "safetensors"), False, "has no config.json, no *.gguf or *.safetensors weights. Name"),
+        ((), True, "has no tokenizer.json. Name"),
+    ],
+)
+def test_all_that_a_folder_lacks_is_told_at_once(
+    tmp_path: Path, weights: tuple[WeightFormat, ...], tokenizer: bool, text: str
+) -> None:
+    with pytest.raises(ModelError, match=re.escape(f"{tmp_path} {text}")):
+        resolve("--model-id", str(tmp_path), weights=weights, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_the_plugin_prepares_is_not_asked_for(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert resolve("--model-id", str(folder), tokenizer=False) == folder
+    (folder / "model.safetensors").unlink()
+    assert resolve("--model-id", str(folder), weights=(), tokenizer=False) == folder
 
 
 def test_random_weights_need_no_weights(folder: Path) -> None:
@@ -252,7 +279,9 @@ def test_gguf_files_are_taken_from_folders_too(tmp_path: Path) -> None:
     both: tuple[WeightFormat, ...] = ("gguf", "safetensors")
     assert resolve("--model-id", f"{tmp_path}:q8_0", weights=both) == tmp_path / "a-Q8_0.gguf"
     assert resolve("--model-id", str(tmp_path / "a-Q8_0.gguf"), weights=both) == tmp_path / "a-Q8_0.gguf"
-    assert resolve("--model-id", str(tmp_path), weights=both) == tmp_path
+    assert resolve("--model-id", str(tmp_path), weights=both, tokenizer=False) == tmp_path
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json\. Name"):
+        resolve("--model-id", str(tmp_path), weights=both)
     with pytest.raises(ModelError, match="served by --backend llamacpp"):
         resolve("--model-id", str(tmp_path / "a-Q8_0.gguf"))
 

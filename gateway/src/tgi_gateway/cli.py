@@ -152,10 +152,12 @@ def _download(argv: list[str]) -> int:
 
     settings = Settings.parse(["--model-id", *argv], os.environ, flags_of=lambda _: ())
     if "backend" in settings.given:
-        weights = plugins.load(settings.backend).weights
+        needs = hub.Needs.of(plugins.load(settings.backend), {})
+    elif split_model_id(settings.model_id or "")[1]:
+        needs = hub.Needs(("gguf",), tokenizer=False)
     else:
-        weights = ("gguf",) if split_model_id(settings.model_id or "")[1] else hub.SAFETENSORS
-    print(resolve_shown(settings, weights))
+        needs = hub.SAFETENSORS
+    print(resolve_shown(settings, needs))
     return 0
 
 

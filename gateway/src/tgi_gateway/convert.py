@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tgi_gateway import hub, plugins
-from tgi_gateway.backend import WeightFormat
 from tgi_gateway.errors import PluginError, SettingsError
 from tgi_gateway.launcher.display import Display
 from tgi_gateway.settings import Settings
@@ -58,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def resolve_shown(settings: Settings, weights: tuple[WeightFormat, ...]) -> Path:
+def resolve_shown(settings: Settings, needs: hub.Needs) -> Path:
     """`hub.resolve` for a command: progress on standard error, and Ctrl-C ends it at once."""
     log = logs.configure(settings.log_level, json_output=settings.json_output, stream=sys.stderr)
     with Display(log, stream=sys.stderr) as display:
@@ -70,6 +69,6 @@ def resolve_shown(settings: Settings, weights: tuple[WeightFormat, ...]) -> Path
 
         before = signal.signal(signal.SIGINT, interrupted)
         try:
-            return hub.resolve(settings, weights=weights, report=display.bytes(f"Downloading {settings.model_id}"))
+            return hub.resolve(settings, needs=needs, report=display.bytes(f"Downloading {settings.model_id}"))
         finally:
             signal.signal(signal.SIGINT, before)

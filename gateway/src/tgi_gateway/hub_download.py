@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tgi_gateway import gguf_choice
-from tgi_gateway.backend import WeightFormat
 from tgi_gateway.errors import ModelError
 from tgi_gateway.settings import Settings
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo as HubModel
+
+    from tgi_gateway.hub import Needs
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ SKIPPED = ("consolidated", "arguments", "args", "training")
 TEMPLATES = "additional_chat_templates/"
 
 
-def download(settings: Settings, *, weights: tuple[WeightFormat, ...], report: Report | None = None) -> Path:
+def download(settings: Settings, *, needs: Needs, report: Report | None = None) -> Path:
     """Fetch the model into the hub's cache, or find it there. Broken transfers resume where they stopped.
 
     Returns its folder, or of GGUF weights the (first) file. Raises `ModelError`.
@@ -55,7 +56,7 @@ def download(settings: Settings, *, weights: tuple[WeightFormat, ...], report: R
     place = _Place.of(settings)
     with _explained(place):
         if place.offline:
-            cached = _cached(place, weights)
+            cached = _cached(place, needs)
             if cached is None:
                 raise ModelError(
                     f"{place} is not, or not completely, in {place.cache}, and HF_HUB_OFFLINE forbids asking the hub. "
@@ -69,14 +70,14 @@ def download(settings: Settings, *, weights: tuple[WeightFormat, ...], report: R
                 found = huggingface_hub.HfApi(token=place.token).model_info(
                     place.model_id, revision=place.revision, files_metadata=True
                 )
-                wanted, first = _wanted(place, list(_files(found)), weights)
+                wanted, first = _wanted(place, list(_files(found)), needs)
                 _check_room(place, wanted)
                 with _watched(place, wanted, report):
                     return _snapshot(place, [file.name for file in wanted]) / first
             except _broken() as error:
                 if not _is_transient(error):
                     raise
-                if (cached := _cached(place, weights)) is not None:
+                if (cached := _cached(place, needs)) is not None:
                     logger.warning("The hub does not answer (%s); using what is in the cache", type(error).__name__)
                     return cached
                 if not left:
@@ -146,30 +147,12 @@ def _snapshot(place: _Place, names: Iterable[str]) -> Path:
     return Path(str(folder))
 
 
-def _cached(place: _Place, weights: tuple[WeightFormat, ...]) -> Path | None:
+def _cached(place: _Place, needs: Needs) -> Path | None:
     """What an earlier download left, if that was finished."""
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     from tgi_gateway.hub import check_folder
-
-    if "gguf" in weights and (file := _cached_gguf(place)) is not None:
-        return file
-    found = huggingface_hub.try_to_load_from_cache(
-        place.model_id, "tokenizer.json", cache_dir=str(place.cache), revision=place.revision
-    )
-    if not isinstance(found, str):
-        return None
-    folder = Path(found).parent
-    try:
-        check_folder(folder, weights=weights)
-    except ModelError:
-        return None
-    return folder
-
-
-def _cached_gguf(place: _Place) -> Path | None:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(
@@ -177,11 +160,18 @@ def _cached_gguf(place: _Place) -> Path | None:
                 place.model_id, revision=place.revision, cache_dir=str(place.cache), local_files_only=True
             )
         )
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{gguf_choice.SUFFIX}")]
-        chosen = gguf_choice.choose(place.model_id, names, place.choice)
-    except (LocalEntryNotFoundError, ModelError):
+    except LocalEntryNotFoundError:
         return None
-    return folder / chosen[0] if chosen else None
+    if "gguf" in needs.weights:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{gguf_choice.SUFFIX}")]
+        with contextlib.suppress(ModelError):
+            if chosen := gguf_choice.choose(place.model_id, names, place.choice):
+                return folder / chosen[0]
+    try:
+        check_folder(folder, needs)
+    except ModelError:
+        return None
+    return folder
 
 
 def _files(found: HubModel) -> Iterator[_File]:
@@ -203,13 +193,13 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors") and not any(part in name for part in SKIPPED)
 
 
-def _wanted(place: _Place, files: list[_File], weights: tuple[WeightFormat, ...]) -> tuple[list[_File], str]:
+def _wanted(place: _Place, files: list[_File], needs: Needs) -> tuple[list[_File], str]:
     """What to fetch, and the name of the file that stands for the model ("": the folder does).
 
     Decided before gigabytes are fetched. Raises `ModelError`.
     """
     others = [file for file in files if not is_weights(file.name) and not file.name.endswith(gguf_choice.SUFFIX)]
-    if "gguf" in weights and (
+    if "gguf" in needs.weights and (
         chosen := gguf_choice.choose(place.model_id, (each.name for each in files), place.choice)
     ):
         return [file for file in files if file.name in chosen], chosen[0]
@@ -218,13 +208,10 @@ def _wanted(place: _Place, files: list[_File], weights: tuple[WeightFormat, ...]
             f"`{place.model_id}:{place.choice}` chooses a GGUF file, which this backend cannot serve. Leave the choice "
             "out, or use --backend llamacpp"
         )
-    wanted = [*others, *(file for file in files if is_weights(file.name))] if weights else others
-    names = {file.name for file in wanted}
-    missing = [name for name in ("tokenizer.json", *(["config.json"] if weights else [])) if name not in names]
-    if weights and not any(is_weights(name) for name in names):
-        missing.append("*.safetensors weights")
-    if missing:
-        raise ModelError(f"the hub's model {place} has no {', no '.join(missing)}. Choose another model or --revision")
+    wanted = [*others, *(file for file in files if is_weights(file.name))] if needs.weights else others
+    lacking = needs.lacking({file.name for file in wanted})
+    if lacking:
+        raise ModelError(f"the hub's model {place} has no {', no '.join(lacking)}. Choose another model or --revision")
     return wanted, ""
 
 

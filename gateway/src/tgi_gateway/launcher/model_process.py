@@ -24,7 +24,7 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
         logs.progress(logger, f"Downloading {settings.model_id}", here / max(total, 1))
 
     # Blocking is fine: this loop has nothing else to do, and SIGTERM still ends the process.
-    path = hub.resolve(settings, weights=hub.wanted_weights(plugin, settings), report=report)
+    path = hub.resolve(settings, needs=hub.Needs.of(plugin, settings.extra), report=report)
     files = ModelFiles(path, path)
     if plugin.prepare is not None:
         logs.progress(logger, "Preparing the model", None)

@@ -148,7 +148,7 @@ class Supervisor:
         """The model's local files; downloads and prepares them in a process of its own if need be."""
         plugin = plugins.load(self.settings.backend)
         if plugin.prepare is None and not hub.needs_download(self.settings):
-            path = hub.resolve(self.settings, weights=hub.wanted_weights(plugin, self.settings))
+            path = hub.resolve(self.settings, needs=hub.Needs.of(plugin, self.settings.extra))
             files = ModelFiles(path, path)
         else:
             # The only child that may know the hub's token.
