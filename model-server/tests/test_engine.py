@@ -235,13 +235,13 @@ def test_memory_for_less_than_one_sequence_is_refused(folder: Path) -> None:
     [
         ({"max_total_tokens": 300}, "max_total_tokens is 300; this model allows 256"),
         ({"dtype": "int4"}, "--dtype is 'int4'; allowed are float32, float16, bfloat16"),
-        ({"quantize": "awq"}, "--quantize is 'awq'; this engine does not support it"),
+        ({"quantize": "awq"}, "this engine does not support --quantize awq"),
         (
             {"kv_cache_dtype": "int8"},
             "--kv-cache-dtype is 'int8'; reference can keep .* in auto, fp8_e4m3, fp8_e4m3fn, fp8_e5m2",
         ),
-        ({"lora_adapters": ("a",)}, "--lora-adapters"),
-        ({"speculate": 3}, "--speculate is 3"),
+        ({"lora_adapters": ("a", "b")}, "does not support --lora-adapters a,b"),
+        ({"speculate": 3}, "does not support --speculate 3"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:

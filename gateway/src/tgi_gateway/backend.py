@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import msgspec
 
-from tgi_gateway.errors import Unsupported, ValidationError
+from tgi_gateway.errors import SettingsError, Unsupported, ValidationError
 from tgi_gateway.types import Request, StepEvents, TokenIds
 
 API_VERSION = 1
@@ -41,6 +41,8 @@ Feature = Literal[
     "stop_token_ids",
     "lora",
 ]
+"""What a request may ask for. Most are named as the field that asks: of `SamplingParams`, `StopRules` or `Request`.
+`seed` promises that draws repeat, `sampling` is `do_sample` with `temperature`, `lora` is `adapter_id`."""
 ALL_FEATURES: frozenset[Feature] = frozenset(get_args(Feature))
 
 
@@ -49,10 +51,13 @@ class Capabilities:
     """What an engine can do, declared once and readable without its runtime. The rest is refused with `Unsupported`."""
 
     features: frozenset[Feature] = frozenset()
+    """What requests may ask for; see `Feature`."""
     prefix_cache: bool = False
+    """Whether prompts that begin alike share what was computed for the beginning."""
     batching: bool = True
     """Whether requests share steps; False means one request at a time."""
     max_top_n_tokens: int = 20
+    """Most alternatives that can be reported beside a token."""
     batch_invariant: bool = True
     """Greedy tokens do not depend on who shares the batch, or on a warm prefix cache. False: `tolerance` applies."""
     tolerance: float = 0.0
@@ -64,8 +69,11 @@ class Capacity:
     """What an engine has free now; admission works with it."""
 
     max_sequences: int
+    """Requests that can run at once."""
     free_sequences: int
+    """How many more could."""
     total_kv_tokens: int
+    """As `ModelInfo.max_batch_total_tokens`."""
     free_kv_tokens: int
     """Counting cached but unreferenced pages as free."""
     preemptions: int = 0
@@ -81,18 +89,28 @@ class ModelInfo:
     """What an engine serves, known once it has started."""
 
     model_id: str
+    """As in `EngineOptions`."""
     max_input_tokens: int
+    """Longest prompt of one request."""
     max_total_tokens: int
     """Prompt and output of one request."""
     max_batch_total_tokens: int
     """KV tokens of all running requests: a promise that memory suffices."""
     max_batch_prefill_tokens: int
+    """Most prompt tokens of one step: shown to clients, nothing more. The engine keeps to it, in chunks or not at all;
+    `SteppingBackend` gives `step` whole prompts."""
     max_sequences: int
+    """Requests that can run at once; more wait."""
     vocab_size: int
+    """Token ids are below it, in prompts and answers."""
     eos_token_ids: tuple[int, ...]
+    """Any of these ends a request, unless it says `ignore_eos`."""
     dtype: str = ""
+    """For people: type of the weights."""
     device: str = ""
+    """For people: what it runs on."""
     model_type: str = ""
+    """For people: the model's family."""
 
     def unknown_token(self, token_ids: Sequence[int]) -> int | None:
         """The first of `token_ids` that is none of this model's, if there is one. Quick also for long prompts."""
@@ -112,37 +130,97 @@ def _ids_below(vocab_size: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """The part of the settings that an engine needs. None means: the engine decides and reports it in `ModelInfo`."""
+    """The part of the settings that an engine needs, each the flag of the same name unless another one is named.
+
+    None means: the engine decides and reports it in `ModelInfo`. See `refuse_options` for what it does not honour.
+    """
 
     model_path: Path
-    """Local folder (or file) of the model."""
+    """Local folder (or file) of the model, or what `BackendPlugin.prepare` made of it."""
     model_id: str
+    """What the user called it; what clients are told."""
     tokenizer_path: Path | None = None
-    """Folder of its tokenizer, where that is another one."""
+    """Folder with tokenizer.json, for grammars and the like."""
     dtype: str | None = None
+    """``--dtype``: of weights and activations, float16, bfloat16 or float32."""
     quantize: str | None = None
+    """``--quantize``: how weights are quantized; None: as the model says."""
     kv_cache_dtype: str | None = None
+    """``--kv-cache-dtype``: of keys and values; None or auto: as `dtype`."""
     max_input_tokens: int | None = None
+    """As in `ModelInfo`, as the four that follow."""
     max_total_tokens: int | None = None
+    """Prompt and output of one request."""
     max_batch_prefill_tokens: int | None = None
+    """Prompt tokens of one step."""
     max_batch_total_tokens: int | None = None
+    """KV tokens of all running requests."""
     max_batch_size: int | None = None
+    """`ModelInfo.max_sequences`."""
     num_shard: int = 1
+    """Devices to split the model over."""
     memory_fraction: float = 1.0
+    """``--cuda-memory-fraction``: part of the device's memory that may be used."""
     cuda_graphs: tuple[int, ...] | None = None
+    """Batch sizes to capture or compile for; (): none."""
     rope_scaling: str | None = None
+    """linear or dynamic: stretch the position encoding by `rope_factor`."""
     rope_factor: float | None = None
+    """Factor of `rope_scaling`."""
     speculate: int | None = None
+    """Tokens to guess ahead per step."""
     lora_adapters: tuple[str, ...] = ()
+    """Adapters to load, each as ID or ID=PATH."""
     prefix_caching: bool = True
+    """False: even an engine that has a prefix cache shares nothing."""
     prefill_chunking: bool = True
+    """False: no prompt is cut without need."""
     prefill_logprobs: bool = False
+    """``--enable-prefill-logprobs``: requests for these may come."""
     trust_remote_code: bool = False
+    """Code that comes with the model may run."""
     load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: make up random weights of the model's shape."""
     watermark_gamma: float = 0.5
+    """Part of the vocabulary that a watermark favours."""
     watermark_delta: float = 2.0
+    """How much it adds to their logits."""
     extra: Mapping[str, object] = field(default_factory=dict)
-    """Values of the plug-in's own flags, by name."""
+    """Values of the plug-in's own flags, by `Flag.key`."""
+
+
+OPTIONS: frozenset[str] = frozenset(each.name for each in fields(EngineOptions)) - {
+    "model_path",
+    "model_id",
+    "tokenizer_path",
+    "trust_remote_code",
+    "prefill_logprobs",
+    "extra",
+}
+"""Fields of EngineOptions that an engine may not honour. The others name the model, allow something, or are its own."""
+
+
+def refuse_options(options: EngineOptions, honoured: Collection[str]) -> None:
+    """Raise `SettingsError`, which is a StartError, naming what the user set and an engine would ignore.
+
+    `honoured`: those of `OPTIONS` that it does not ignore. What switches something off may be ignored.
+    """
+    defaults = {each.name: each.default for each in fields(EngineOptions)}
+    wanted = {name: getattr(options, name) for name in sorted(OPTIONS - set(honoured))}
+    ignored = [
+        f"{flag_of(name)} {_typed(value)}" for name, value in wanted.items() if value and value != defaults[name]
+    ]
+    if ignored:
+        raise SettingsError(f"this engine does not support {', '.join(ignored)}. Leave that out")
+
+
+def flag_of(option: str) -> str:
+    """What is typed for a field of EngineOptions."""
+    return "--cuda-memory-fraction" if option == "memory_fraction" else f"--{option.replace('_', '-')}"
+
+
+def _typed(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class Backend(Protocol):
@@ -252,7 +330,7 @@ class ModelFiles:
     model: Path
     """What the engine loads: a folder or a file."""
     tokenizer: Path
-    """The folder with tokenizer.json and its companions."""
+    """The folder with tokenizer.json and its companions; a prepared one without tokenizer.json is a start error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +338,7 @@ class Check:
     """One thing that a backend needs of the machine, for `tgi-gateway doctor`."""
 
     name: str
+    """What is looked at: a program, a library, a driver."""
     found: str
     """What is there: a version, a path, or that there is none."""
     problem: str | None = None
@@ -273,21 +352,27 @@ class BackendPlugin:
     """What a distribution registers. Importing the module that makes it must import no heavy runtime."""
 
     name: str
+    """As in ``--backend NAME``, and in the entry point."""
     summary: str
+    """A few words for ``tgi-gateway backends``."""
     capabilities: Capabilities
+    """What its engines declare as well."""
     create: Callable[[EngineOptions], Backend]
     """Called in the engine host process; heavy imports happen in here."""
     missing: Callable[[], str | None] = lambda: None
     """None if this machine can run it; else what is missing and how to get it. Imports no runtime."""
     flags: tuple[Flag, ...] = ()
+    """Command-line flags of its own."""
     needs_model: bool = True
-    """False for engines without weights (echo): any tokenizer folder will do."""
+    """False for engines without weights: the model's folder needs a tokenizer.json and nothing else, and the contract
+    runs without a model."""
     weights: tuple[WeightFormat, ...] = ("safetensors",)
-    """The formats that it can serve, the preferred one first."""
+    """The formats that it can serve, the preferred one first; the folder must have one of them before an engine starts.
+    safetensors: ``*.safetensors`` and config.json; gguf: ``*.gguf``; (): files of its own, that `load` looks for."""
     prepare: Callable[[EngineOptions, Path], ModelFiles] | None = None
-    """Make of the model what engine and HTTP workers need, where it is not there already. Called in a process of its
-    own before the engine starts; the folder is private to the server and removed at its end. Raises `StartError`.
-    None: the model's folder is all that they need."""
+    """Make of the model what engine and HTTP workers need, where it is not there already, such as the tokenizer.json,
+    which is otherwise asked for first. Called in a process of its own before the engine starts; the folder is private
+    to the server and removed at its end. Raises `StartError`. None: the model's folder is all that they need."""
     converters: Mapping[str, Callable[[Path, Path, str | None], None]] = field(default_factory=dict)
     """Format -> what writes it, from a model's folder to a file, as a type of that format (None: its usual one)."""
     api_version: int = 1

@@ -41,7 +41,10 @@ class Grammar:
     """A constraint on the generated text; ``source`` is the schema, expression or list as text."""
 
     kind: GrammarKind
+    """json: any JSON; json_schema; regex; lark: a grammar in Lark's language, as llguidance reads it; choice: one of a
+    JSON list of texts."""
     source: str
+    """The schema, expression, grammar or list, as text."""
 
     def excess(self) -> str | None:
         """What is wrong with its length, if anything. JSON schemas in a Lark grammar count as such, all together."""
@@ -72,29 +75,41 @@ def _embedded_characters(lark: str) -> int:
 class SamplingParams:
     """How the next token is chosen. Every field's default is neutral.
 
-    Order of application: logit bias, repetition, frequency and presence penalties, grammar mask, temperature, top-k,
-    top-p, min-p, typical-p, choice. The penalties see exactly this request's prompt and output.
+    Order of application: watermark, logit bias, repetition, frequency and presence penalties, grammar mask,
+    temperature, top-k, top-p, min-p, typical-p, choice. Each of the last four sees the probabilities of what the one
+    before has left, scaled to add up to 1. Only `repetition_penalty` sees the prompt; none sees another request.
     """
 
     do_sample: bool = False
-    """False: greedy, the arg-max after penalties. True: a draw with `seed`."""
+    """False: greedy, the arg-max after penalties, of equals the lowest id. True: a draw with `seed`."""
     temperature: float = 1.0
+    """Logits are divided by it, with `do_sample`; above 0."""
     top_k: int = 0
-    """0: off."""
+    """Draw from the so many most likely tokens; 0: off."""
     top_p: float = 1.0
+    """Holtzman et al. 2020 (nucleus): draw from the most likely tokens, as few as add up to at least this and not less
+    than one; 1.0: off."""
     min_p: float = 0.0
+    """Draw from the tokens that are at least so many times as likely as the most likely one; 0.0: off."""
     typical_p: float = 1.0
+    """Meister et al. 2022: draw from the tokens whose -log p is nearest to the entropy, as few as add up to at least
+    this and not less than one; 1.0: off."""
     seed: int = 0
     """Unsigned 64 bit. Same request and seed: same tokens, whoever shares the batch."""
     repetition_penalty: float = 1.0
-    """Keskar et al. 2019 (CTRL), over prompt and output: positive logits are divided by it, negative multiplied."""
+    """Keskar et al. 2019 (CTRL), for each token in prompt or output, once however often it occurs: a positive logit is
+    divided by it, a negative one multiplied."""
     frequency_penalty: float = 0.0
-    """Subtracted once per earlier occurrence in the output."""
+    """Subtracted from a token's logit once per earlier occurrence in the output."""
     presence_penalty: float = 0.0
-    """Subtracted once if the token occurs in the output."""
+    """Subtracted from a token's logit once if it occurs in the output."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and what is added to its logit."""
     watermark: bool = False
+    """Kirchenbauer et al. 2023, with `EngineOptions.watermark_gamma` and `watermark_delta`: a part of the vocabulary,
+    chosen by the token before, gets higher logits."""
     grammar: Grammar | None = None
+    """What the text has to be; None: anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +117,11 @@ class StopRules:
     """When a request ends. Checked in this order: length, end-of-sequence or stop token, stop string."""
 
     max_new_tokens: int
+    """The request ends with its so many-th token; at least 1."""
     min_new_tokens: int = 0
     """Until so many tokens exist, end-of-sequence and stop tokens cannot be chosen."""
     ignore_eos: bool = False
+    """End-of-sequence is a token like any other."""
     stop_token_ids: tuple[int, ...] = ()
     """Each ends the request for the reason ``stop_sequence`` and is its last token, also when `ignore_eos` is set."""
     stop_strings: tuple[str, ...] = ()
@@ -147,10 +164,13 @@ class Request:
     """One generation. `request_id` is unique among the open requests of one engine, unsigned 64 bit."""
 
     request_id: int
+    """Names the request in `cancel` and in its events."""
     input_ids: Sequence[int]
     """A tuple, or `TokenIds`, which what came over the wire has. Nobody changes it."""
     sampling: SamplingParams
+    """How its tokens are chosen."""
     stop: StopRules
+    """When it ends."""
     logprobs: bool = False
     """Whether each token's log-probability (log-softmax of the raw logits) is wanted."""
     top_n_tokens: int = 0
@@ -160,6 +180,7 @@ class Request:
     prefill_top_n_tokens: int = 0
     """With `prefill_logprobs`: report the so many most likely tokens beside each of the prompt's tokens."""
     adapter_id: str | None = None
+    """Name of the LoRA adapter to answer with; None: the model itself."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     priority: int = 0
@@ -177,7 +198,9 @@ class Usage:
     """Token counts of a finished request."""
 
     prompt_tokens: int
+    """Tokens of the prompt."""
     generated_tokens: int
+    """Tokens that were emitted, with the one that ended the request."""
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
 
@@ -187,9 +210,13 @@ class Token:
     """One generated token, in order of generation. `top` is sorted, most likely first."""
 
     request_id: int
+    """Whose token it is."""
     token_id: int
+    """Below `ModelInfo.vocab_size`."""
     logprob: float = NO_LOGPROB
+    """Natural logarithm, log-softmax of the raw logits; `NO_LOGPROB` unless `Request.logprobs` asked for it."""
     top: tuple[tuple[int, float], ...] = ()
+    """As many (id, log-probability) pairs as `Request.top_n_tokens` asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +224,11 @@ class Finished:
     """The request's last event. Its final token, if any, came before as a `Token`."""
 
     request_id: int
+    """Who has ended."""
     reason: FinishReason
+    """length, eos_token, stop_sequence (a stop token), or cancelled."""
     usage: Usage
+    """What it has cost."""
     queue_s: float = 0.0
     """Seconds from submission to the first step that ran it."""
     prefill_logprobs: tuple[float, ...] = ()
@@ -212,8 +242,11 @@ class Failed:
     """The request's last event, if it could not be finished. `error_type` is one of `errors.by_type`."""
 
     request_id: int
+    """Who has ended."""
     error_type: str
+    """`GatewayError.error_type` of the error that it stands for."""
     message: str
+    """`GatewayError.detail` of it: what the client may read."""
     retry_after_s: float = 0.0
     """When to come again, for a request that was refused; 0.0: not known."""
 
@@ -230,12 +263,17 @@ class StepEvents:
     """
 
     request_ids: list[int] = field(default_factory=list)
+    """Of each token: whose it is."""
     token_ids: list[int] = field(default_factory=list)
+    """The tokens."""
     logprobs: list[float] = field(default_factory=list)
+    """Their log-probabilities, or `NO_LOGPROB`."""
     top: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     """Row -> most likely tokens, only for rows whose request asked."""
     finished: list[Finished] = field(default_factory=list)
+    """Endings of this step."""
     failed: list[Failed] = field(default_factory=list)
+    """The others."""
 
     def __bool__(self) -> bool:
         return bool(self.request_ids or self.finished or self.failed)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from tgi_gateway.backend import EngineOptions
+from tgi_gateway.backend import OPTIONS, EngineOptions, refuse_options
 from tgi_gateway.errors import GatewayError
 from tgi_gateway.types import NO_LOGPROB, FinishReason, Request
 from tgi_model_server.buckets import choose_bucket, pad_plan
@@ -26,7 +26,6 @@ from tgi_model_server.sizing import (
     compute_dtype,
     kept_dtype,
     num_pages,
-    refuse_unsupported,
     step_limits,
 )
 from tgi_model_server.step import AttentionPlan, StepInput, refill, step_input
@@ -35,6 +34,7 @@ from tgi_model_server.weights.dummy import DummyWeights
 from tgi_model_server.weights.loader import CheckpointWeights, Progress, Weights
 from tgi_model_server.worst_case import run_largest_steps
 
+HONOURED = OPTIONS - {"quantize", "lora_adapters", "speculate"}
 _PROMPT_LOGPROB_ROWS = 128
 """Prompt tokens whose logits exist at a time."""
 
@@ -294,7 +294,7 @@ def prepare(device: Device, options: EngineOptions, shard: Shard) -> Preparation
 
     Raises `ModelError` for what is wrong with the model's files, `SettingsError` for options that do not fit.
     """
-    refuse_unsupported(options)
+    refuse_options(options, HONOURED)
     config = load_config(options.model_path, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
     dtype = compute_dtype(device, options, config)
     shape = attention_shape(config, shard, dtype, kept_dtype(device, options, dtype))

@@ -44,17 +44,6 @@ def step_limits(device: Device, options: EngineOptions, config: ModelConfig) -> 
     )
 
 
-def refuse_unsupported(options: EngineOptions) -> None:
-    """Raises `SettingsError` for an option that would otherwise be ignored."""
-    for flag, value in (
-        ("--quantize", options.quantize),
-        ("--lora-adapters", options.lora_adapters),
-        ("--speculate", options.speculate),
-    ):
-        if value:
-            raise SettingsError(f"{flag} is {value!r}; this engine does not support it yet. Leave it out.")
-
-
 def attention_shape(
     config: ModelConfig, shard: Shard, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
 ) -> AttentionShape:
