@@ -19,7 +19,6 @@ from typing import Any, Self
 
 import tokenizers
 
-from tgi_gateway.prompt.words import Words
 from tgi_gateway.types import TokenIds
 
 PIECE_CHARACTERS = 1024
@@ -41,7 +40,7 @@ class Pieces:
         self, inner: tokenizers.Tokenizer, characters: int, most: int, around: tuple[list[int], list[int]]
     ) -> None:
         """Made by `of`. `around`: special tokens before and behind a text."""
-        self._words = Words(inner)
+        self._inner = inner
         self._around = around
         self._characters = characters
         self._most = most
@@ -92,7 +91,7 @@ class Pieces:
     def _encode(self, new: Mapping[str, Future[array[int]]]) -> None:
         """Fill in the ids of pieces that nobody else encodes."""
         try:
-            encoded = self._words.encode(new)
+            encodings = self._inner.encode_batch_fast(list(new), add_special_tokens=False)
         except BaseException as error:
             with self._lock:
                 for piece, ids in new.items():
@@ -101,8 +100,8 @@ class Pieces:
             for ids in new.values():
                 ids.set_exception(error)
             raise
-        for ids, result in zip(new.values(), encoded, strict=True):
-            ids.set_result(result)
+        for ids, encoding in zip(new.values(), encodings, strict=True):
+            ids.set_result(array("i", encoding.ids))
 
     def cut(self, text: str) -> Iterator[str]:
         """Pieces of `characters` or a word more; the last is what is left, and so changes with the text."""
