@@ -38,6 +38,8 @@ _FEWEST_SHARING = 4
 """Smaller batches never read shared keys together."""
 _LONG_PROMPTS = 1 << 22
 """Pairs of a new token and a key of a step's prompts, from which on their attention is worth FlashInfer's launches."""
+_MANY_TOKENS = 1024
+"""New tokens of a step's prompts, from which on the chip is busy for longer than those launches take."""
 
 
 class CudaDevice:
@@ -187,7 +189,8 @@ class CudaDevice:
             for query_len, kv_len in zip(plan.query_lens, plan.kv_lens, strict=True)
             if query_len > 1
         ]
-        return sum(query_len * kv_len for query_len, kv_len in prompts) < _LONG_PROMPTS
+        pairs = sum(query_len * kv_len for query_len, kv_len in prompts)
+        return pairs < _LONG_PROMPTS or sum(query_len for query_len, _ in prompts) < _MANY_TOKENS
 
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         """One graph for rows that each read their own keys; from a few rows on, one more for those that share some."""
