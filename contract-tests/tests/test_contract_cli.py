@@ -104,6 +104,75 @@ def test_a_page_for_docs_holds_both_tables(tmp_path: Path) -> None:
     assert any(line.startswith("| Stops | ") for line in lines)
 
 
+def test_a_page_for_docs_says_what_was_not_tried_and_why(tmp_path: Path) -> None:
+    page = tmp_path / "echo.md"
+    done = tgi_contract("echo", "--set", "echo_step_ms=1", "--markdown", str(page), "-k", "dead_engine or Loras")
+    assert done.returncode == 2, "nothing of it can be run here"
+    text = page.read_text()
+    how = "in a test class of your own: docs/write-a-backend.md, section 4"
+    kill = "`test_a_dead_engine_is_unhealthy_and_fails_its_requests`"
+    assert f"* skipped: {kill}: nothing says how to kill the engine: override `kill` {how}\n" in text
+    assert "* skipped: 4 tests: not declared: `lora`\n" in text
+
+
+def test_an_engine_that_does_not_start_is_told_once_and_without_its_source(outsider: Path) -> None:
+    source = BACKEND.replace("lambda _: EchoBackend()", "create").replace(
+        "@hookimpl",
+        """def create(options):
+    from tgi_gateway.errors import StartError
+
+    raise StartError("no device here")
+
+
+@hookimpl""",
+    )
+    (outsider / "outsider.py").write_text(source)
+    done = tgi_contract("outsider", "-k", "Limits", "--model", str(outsider), path=outsider)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.count("seen: the engine does not start: no device here\n") == 1
+    assert "raise StartError" not in done.stdout
+    assert "in: test_" in done.stdout
+
+
+def test_a_model_that_the_server_would_not_take_is_told_as_the_server_does(outsider: Path) -> None:
+    done = tgi_contract("outsider", "-k", "server_takes", "--model", str(outsider), path=outsider)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"{outsider} has no tokenizer.json, no config.json, no *.safetensors weights." in done.stdout
+
+
+def test_an_engine_gets_what_its_plugin_has_prepared(outsider: Path) -> None:
+    """As behind the server: the contract would otherwise start it on files that it never gets."""
+    source = BACKEND.replace("lambda _: EchoBackend()", "create, weights=(), prepare=prepare").replace(
+        "@hookimpl",
+        """def create(options):
+    assert options.model_path.name == "made" and options.tokenizer_path.name == "made"
+    return EchoBackend()
+
+
+def prepare(options, folder):
+    from tgi_gateway.backend import ModelFiles
+    from tgi_gateway.testing.worker import write_byte_model
+
+    (folder / "made").mkdir()
+    write_byte_model(folder / "made")
+    return ModelFiles(folder / "made", folder / "made")
+
+
+@hookimpl""",
+    )
+    (outsider / "outsider.py").write_text(source)
+    done = tgi_contract("outsider", "-k", "server_takes or sane", "--model", str(outsider), path=outsider)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_a_model_the_command_says_how_to_name_one(outsider: Path) -> None:
+    (outsider / "tgi_demo_model.py").write_text("def model_path():\n    raise FileNotFoundError('not trained')\n")
+    done = tgi_contract("outsider", path=outsider)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Add --model DIR" in done.stdout
+    assert "--model-id" not in done.stdout
+
+
 def test_a_device_is_held_to_its_contract_as_well(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     device = "tgi_model_server.testing.devices:ReferenceDevice"
@@ -126,6 +195,8 @@ def test_a_known_failure_is_told_apart(outsider: Path) -> None:
         (("nobody",), "there is no backend `nobody`"),
         (("echo", "--set", "speed=9"), "--set speed=9: known are"),
         (("echo", "--set", "speed"), "`speed` has no `=`"),
+        (("echo", "--set", "echo_step_ms=abc"), "`--set echo_step_ms` is 'abc'; allowed: a number"),
+        (("echo", "--set", "max_batch_size=many"), "--set max_batch_size=many: Expected `int | null`, got `str`"),
         (("echo", "--model", "/no/such/folder"), "there is no such folder"),
         (("echo", "-k", "no_such_test"), "no test was run"),
         (("echo", "--device", "tgi_gateway.nowhere:Device"), "Write it as MODULE:CLASS"),

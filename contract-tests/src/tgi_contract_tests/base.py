@@ -19,8 +19,8 @@ from tgi_contract_tests.engine import Answer, Engine
 from tgi_contract_tests.known import KnownFailures
 from tgi_contract_tests.rules import Rule, broken, demand
 from tgi_gateway import plugins
-from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, Feature
-from tgi_gateway.errors import PluginError
+from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, Feature, ModelFiles
+from tgi_gateway.errors import PluginError, StartError
 from tgi_gateway.prompt.chat_template import ChatTemplate
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.testing import worker
@@ -29,8 +29,9 @@ from tgi_gateway.types import Request, SamplingParams, StopRules
 _ids = itertools.count(1)
 _engines: dict[type, Engine] = {}
 """The running engine of the class under test: starting one may take a minute, so that tests share it."""
-_prepared: dict[type, tuple[tempfile.TemporaryDirectory[str], Path]] = {}
-"""What a plug-in made of the model of the class under test, and the tokenizer's folder in it."""
+_prepared: dict[type, tuple[tempfile.TemporaryDirectory[str], ModelFiles]] = {}
+"""What a plug-in made of the model of the class under test, and the folder that it lies in."""
+IN_A_CLASS = "in a test class of your own: docs/write-a-backend.md, section 4"
 
 
 class ContractBase(KnownFailures):
@@ -60,7 +61,7 @@ class ContractBase(KnownFailures):
         """The text of generated tokens, by the model's tokenizer. Override for a model without one."""
         folder = self.tokenizer_folder()
         if folder is None:
-            pytest.skip("the model has no tokenizer.json, and the class under test does not override `text_of`")
+            pytest.skip(f"the model has no tokenizer.json: override `text_of` {IN_A_CLASS}")
         return Tokenizer.from_folder(folder).decode(list(token_ids))
 
     def special_ids(self) -> Sequence[int]:
@@ -74,12 +75,17 @@ class ContractBase(KnownFailures):
             return None
         if (self.model / "tokenizer.json").is_file():
             return self.model
-        prepare = None if self.backend is None else self.plugin().prepare
+        prepared = self.prepared()
+        return None if prepared is None else prepared.tokenizer
+
+    def prepared(self) -> ModelFiles | None:
+        """What the plug-in's `prepare` makes of the model, as the server would have it made. Raises `StartError`."""
+        prepare = None if self.backend is None or self.model is None else self.plugin().prepare
         if prepare is None:
             return None
         if type(self) not in _prepared:
             folder = tempfile.TemporaryDirectory(prefix="tgi-contract-")
-            _prepared[type(self)] = folder, prepare(self.engine_options(), Path(folder.name)).tokenizer
+            _prepared[type(self)] = folder, prepare(self._named_options(), Path(folder.name))
         return _prepared[type(self)][1]
 
     def tokenizer_files(self, engine: Engine, folder: Path) -> Path:
@@ -99,11 +105,14 @@ class ContractBase(KnownFailures):
 
     def kill(self, backend: Backend) -> None:  # noqa: ARG002
         """Override to make a running engine die as it would on a device error."""
-        pytest.skip("the class under test does not say how to kill its engine: override `kill`")
+        pytest.skip(f"nothing says how to kill the engine: override `kill` {IN_A_CLASS}")
 
     def hang(self, backend: Backend) -> None:  # noqa: ARG002
-        """Override to make a running engine hang in its next step, as it would on a device that does not answer."""
-        pytest.skip("the class under test does not say how to make its engine hang: override `hang`")
+        """Override to make a running engine hang in its next step, as it would on a device that does not answer.
+
+        The thread that hangs must be a daemon, as that of a SteppingBackend is: Python waits for others when it ends.
+        """
+        pytest.skip(f"nothing says how to make the engine hang: override `hang` {IN_A_CLASS}")
 
     def plugin(self) -> BackendPlugin:
         if self.backend is None:
@@ -117,7 +126,14 @@ class ContractBase(KnownFailures):
         return plugin
 
     def engine_options(self) -> EngineOptions:
-        """Small limits, so that tests can reach them."""
+        """Small limits, so that tests can reach them, on the model's files as the server gives them to the engine."""
+        options, prepared = self._named_options(), self.prepared()
+        if prepared is None:
+            return options
+        return replace(options, model_path=prepared.model, tokenizer_path=prepared.tokenizer)
+
+    def _named_options(self) -> EngineOptions:
+        """The same on the model as it was named."""
         sizes: dict[str, Any] = {"max_total_tokens": 256, "max_batch_size": 4, "max_batch_total_tokens": 1024}
         if self.adapter is not None:
             sizes["lora_adapters"] = (f"{self.adapter[0]}={self.adapter[1]}",)
@@ -147,9 +163,15 @@ class ContractBase(KnownFailures):
         close(engine)
 
     def _started(self) -> Engine:
-        engine = Engine(self.make(), self.patience_s)
+        try:
+            engine = Engine(self.make(), self.patience_s)
+        except StartError as error:
+            broken("lifecycle", f"the engine does not start: {error}")
         try:
             engine.start()
+        except StartError as error:
+            close(engine)
+            broken("lifecycle", f"the engine does not start: {error}")
         except BaseException:
             close(engine)
             raise

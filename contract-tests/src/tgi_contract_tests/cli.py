@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 import tempfile
@@ -12,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -21,8 +21,11 @@ from tgi_contract_tests.installed import TestInstalled
 from tgi_contract_tests.report import Outcome, Report, Result
 from tgi_gateway import hub, plugins
 from tgi_gateway.backend import BackendPlugin, EngineOptions
-from tgi_gateway.errors import GatewayError, PluginError, SettingsError
+from tgi_gateway.errors import GatewayError, ModelError, PluginError, SettingsError
+from tgi_gateway.settings import plugin_option
 
+_NAMED = ("model_path", "model_id", "tokenizer_path", "extra")
+"""Fields of EngineOptions that have an argument of their own."""
 _INI = "[pytest]\npython_files = test_*.py\n"
 _TEST_FILE = "from tgi_contract_tests.installed import TestInstalled\n"
 
@@ -93,10 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     distribution = plugins.distribution_of(plugin.name)
     report = Report(plugin, distribution, metadata.version(distribution), results.all)
     console.print(report.result_table())
-    for result in results.all:
-        if result.outcome == "failed":
-            console.rule(result.name)
-            console.print(result.reason, markup=False, highlight=False)
+    for reason, names in report.by_reason("failed").items():
+        console.rule(names[0] if len(names) == 1 else f"{len(names)} tests")
+        console.print(reason, markup=False, highlight=False)
+        if len(names) > 1:
+            console.print(f"in: {', '.join(names)}", markup=False, highlight=False)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.document(), indent=1) + "\n", "utf-8")
     if arguments.markdown:
@@ -135,7 +139,13 @@ def _model(plugin: BackendPlugin, chosen: Path | None) -> Path | None:
         raise SettingsError(f"--model {chosen}: there is no such folder or file")
     if chosen is not None or not plugin.needs_model:
         return chosen
-    return hub.demo_model()
+    try:
+        return hub.demo_model()
+    except ModelError as error:
+        raise SettingsError(
+            f"backend `{plugin.name}` needs a model. Add --model DIR with a small one that it can serve, or install "
+            'the demo model: pip install "tgi-gateway[demo]"'
+        ) from error
 
 
 def _adapter(pair: str | None) -> tuple[str, Path] | None:
@@ -164,24 +174,31 @@ def _device_test(name: str) -> str:
 
 
 def _options(plugin: BackendPlugin, pairs: Sequence[str]) -> Mapping[str, Any]:
-    """Values are read as JSON, and as text where they are none."""
-    fields = {each.name for each in dataclasses.fields(EngineOptions)} - {"model_path", "model_id", "extra"}
-    flags = {flag.name.lstrip("-").replace("-", "_"): flag for flag in plugin.flags}
+    """A flag's value is read as on the command line of the server; an option's as JSON, or as text where it is none."""
+    fields = {name: kind for name, kind in get_type_hints(EngineOptions).items() if name not in _NAMED}
+    flags = {flag.key: flag for flag in plugin.flags}
     options: dict[str, Any] = {}
     extra: dict[str, object] = {name: flag.default for name, flag in flags.items()}
     for pair in pairs:
         name, text = _pair(pair)
-        value: Any = text
-        with contextlib.suppress(ValueError):
-            value = json.loads(text)
         name = name.lstrip("-").replace("-", "_")
         if name in flags:
-            extra[name] = flags[name].kind(text)
+            extra[name] = plugin_option(flags[name], plugin.name).value(text, f"--set {name}")
         elif name in fields:
-            options[name] = value
+            options[name] = _value(text, fields[name], pair)
         else:
-            raise SettingsError(f"--set {pair}: known are {', '.join(sorted(fields | flags.keys()))}")
+            raise SettingsError(f"--set {pair}: known are {', '.join(sorted(fields.keys() | flags.keys()))}")
     return options | {"extra": extra}
+
+
+def _value(text: str, kind: Any, pair: str) -> Any:
+    value: Any = text
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+    try:
+        return msgspec.convert(value, kind, dec_hook=lambda wanted, given: wanted(given))
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"--set {pair}: {error}") from None
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -79,7 +79,7 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        """Both tables, then what failed or is known to fail, for a page of docs."""
+        """Both tables, then what failed or is known to fail, and what was not tried and why, for a page of docs."""
         lines = [
             f"## {self.title}",
             "",
@@ -92,7 +92,17 @@ class Report:
         told = [each for each in self.results if each.outcome in ("failed", "known failure")]
         reasons = ((each, each.reason.strip().replace("\n", "; ")) for each in told)
         lines += [""] * bool(told) + [f"* {each.outcome}: `{each.name}`: {reason}" for each, reason in reasons]
+        skipped = sorted(self.by_reason("skipped").items())
+        lines += [""] * bool(skipped) + [f"* skipped: {_few(names)}: {reason}" for reason, names in skipped]
         return "\n".join(lines) + "\n"
+
+    def by_reason(self, outcome: Outcome) -> dict[str, list[str]]:
+        """The tests that ended so, by what is told of them."""
+        found: dict[str, list[str]] = {}
+        for each in self.results:
+            if each.outcome == outcome:
+                found.setdefault(each.reason, []).append(each.name)
+        return found
 
     def document(self) -> dict[str, Any]:
         """For machines."""
@@ -106,3 +116,7 @@ class Report:
             "counts": {outcome: self.count(outcome) for outcome in OUTCOMES},
             "tests": [dataclasses.asdict(each) for each in self.results],
         }
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) if len(names) <= 3 else f"{len(names)} tests"

@@ -36,7 +36,7 @@ Rule = Literal[
 
 RULES: dict[Rule, str] = {
     "lifecycle": "`start` returns a ModelInfo that makes sense, or raises StartError; `stop` may be called again",
-    "one-ending": "every submitted request ends in exactly one Finished or Failed, and nothing follows it",
+    "one-ending": "every submitted request ends in exactly one Finished, or Failed if it is at fault; nothing follows",
     "events": "`emit` gets well-formed steps, one at a time, that name only open requests",
     "counts": "the Usage of a Finished agrees with the prompt and with the tokens that were emitted",
     "limits": "what exceeds the limits in ModelInfo ends in Failed(validation); what just fits is served whole",

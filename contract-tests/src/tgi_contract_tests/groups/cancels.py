@@ -126,7 +126,9 @@ class Cancels(ContractBase):
             engine.wait_ended(answer, rule="cancel")
             if len(answer.tokens) < answer.request.stop.max_new_tokens:
                 return answer, seen
-        pytest.skip("the engine is through before a cancel can reach it: raise max_total_tokens in `options`")
+        pytest.skip(
+            "the engine is through before a cancel can reach it: raise max_total_tokens, by --set or in `options`"
+        )
 
     def _check_cancelled(self, answer: Answer) -> None:
         ending = answer.ending

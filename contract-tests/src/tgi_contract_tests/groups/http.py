@@ -182,7 +182,9 @@ class Http(ContractBase):
         text = self._on(own_engine, tmp_path, ask)
         last = json.loads(text.strip().rpartition("data: ")[2].rpartition("data:")[2] or text)
         if "generated_text" in last and last["generated_text"] is not None:
-            pytest.skip("the engine was through before it could be killed: raise max_total_tokens in `options`")
+            pytest.skip(
+                "the engine was through before it could be killed: raise max_total_tokens, by --set or in `options`"
+            )
         self._check_shape(last, shapes.ERROR, "what a stream of a dead engine ends in")
 
     def _on(self, engine: Engine, folder: Path, ask: Callable[[Worker], Awaitable[T]]) -> T:

@@ -10,8 +10,10 @@ import pytest
 from tgi_contract_tests.base import ContractBase, close
 from tgi_contract_tests.engine import Engine
 from tgi_contract_tests.rules import broken, demand
+from tgi_gateway import hub
 from tgi_gateway.backend import ALL_FEATURES
-from tgi_gateway.errors import StartError
+from tgi_gateway.errors import ModelError, StartError
+from tgi_gateway.settings import Settings
 from tgi_gateway.types import Failed
 
 
@@ -67,6 +69,19 @@ class Lifecycle(ContractBase):
             return
         close(engine)
         broken("lifecycle", "the engine started on a model folder that does not exist")
+
+    def test_the_server_takes_the_model(self) -> None:
+        """The gateway looks at the model's folder before any engine does, and reads its tokenizer."""
+        plugin, model = self.plugin(), self.model
+        if model is None:
+            pytest.skip("the class under test names no model: set `model`")
+        try:
+            settings = Settings(model_id=str(model), load_format=self.engine_options().load_format)
+            hub.resolve(settings, needs=hub.Needs.of(plugin, self.engine_options().extra))
+            if self.tokenizer_folder() is None:
+                raise ModelError(f"{model} has no tokenizer.json, and `prepare` makes none")
+        except ModelError as error:
+            broken("lifecycle", f"`tgi-gateway --backend {plugin.name} --model-id {model}` would end with: {error}")
 
     def test_stop_lets_open_requests_finish(self, own_engine: Engine) -> None:
         requests = [

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
 from tgi_contract_tests.base import ContractBase
 from tgi_contract_tests.engine import Engine
 from tgi_contract_tests.rules import demand
-from tgi_gateway.types import SamplingParams
+from tgi_gateway.types import Request, SamplingParams, Token
 
 ROUNDING = 1e-3
 """Of float32 sums, and of exp."""
 
 
+def check_one_per_token(values: Sequence[object], length: int, what: str = "log-probabilities") -> None:
+    demand(len(values) == length, "logprobs", f"{len(values)} {what} for a prompt of {length} tokens")
+
+
 class Logprobs(ContractBase):
+    def _first_token(self, engine: Engine, request: Request) -> Token:
+        answer = engine.run_one(request)
+        self.check_served(answer, "logprobs")
+        return answer.tokens[0]
+
     @pytest.mark.needs("logprobs")
     def test_logprobs_are_at_most_zero(self, engine: Engine) -> None:
         answer = engine.run_one(self.request(self.prompt(engine), 16, logprobs=True))
@@ -60,7 +70,7 @@ class Logprobs(ContractBase):
         n = min(5, self.capabilities().max_top_n_tokens)
         prompt, allowed = self.prompt(engine, seed=21), max(ROUNDING, self.capabilities().tolerance)
         found = {
-            name: dict(engine.run_one(self.request(prompt, 1, sampling, logprobs=True, top_n_tokens=n)).tokens[0].top)
+            name: dict(self._first_token(engine, self.request(prompt, 1, sampling, logprobs=True, top_n_tokens=n)).top)
             for name, sampling in choices.items()
         }
         for name, top in found.items():
@@ -75,7 +85,7 @@ class Logprobs(ContractBase):
             for _ in range(2):
                 prompt = self.prompt(engine, length)
                 found = engine.run_one(self.request(prompt, 1, prefill_logprobs=True)).finished.prefill_logprobs
-                demand(len(found) == length, "logprobs", f"{len(found)} values for a prompt of {length} tokens")
+                check_one_per_token(found, length)
                 demand(math.isnan(found[0]), "logprobs", f"the first token of a prompt has log-probability {found[0]}")
                 wrong = [value for value in found[1:] if not -math.inf < value <= ROUNDING]
                 demand(not wrong, "logprobs", f"log-probabilities of a prompt: {wrong[:4]}")
@@ -87,11 +97,12 @@ class Logprobs(ContractBase):
     @pytest.mark.needs("logprobs", "prefill_logprobs")
     def test_prompt_logprobs_repeat_those_of_generation(self, engine: Engine) -> None:
         written = engine.run_one(self.request(self.prompt(engine), 12, logprobs=True))
-        read = engine.run_one(
-            self.request((*written.request.input_ids, *written.ids), 1, prefill_logprobs=True)
-        ).finished.prefill_logprobs[-len(written.ids) :]
+        self.check_served(written, "logprobs")
+        prompt = (*written.request.input_ids, *written.ids)
+        read = engine.run_one(self.request(prompt, 1, prefill_logprobs=True)).finished.prefill_logprobs
+        check_one_per_token(read, len(prompt))
         allowed = max(ROUNDING, self.capabilities().tolerance)
-        for at, (token, value) in enumerate(zip(written.tokens, read, strict=True)):
+        for at, (token, value) in enumerate(zip(written.tokens, read[-len(written.tokens) :], strict=True)):
             demand(
                 abs(token.logprob - value) <= allowed,
                 "logprobs",
@@ -105,10 +116,8 @@ class Logprobs(ContractBase):
             asked = self.request(self.prompt(engine, length), 1, prefill_logprobs=True, prefill_top_n_tokens=n)
             told = engine.run_one(asked).finished
             top = told.prefill_top
-            for what, values_told in (("log-probabilities", told.prefill_logprobs), ("lists of top tokens", top)):
-                demand(
-                    len(values_told) == length, "logprobs", f"{len(values_told)} {what} for a prompt of {length} tokens"
-                )
+            check_one_per_token(told.prefill_logprobs, length)
+            check_one_per_token(top, length, "lists of top tokens")
             demand(top[0] == (), "logprobs", f"the first token of a prompt has top tokens: {top[0]}")
             positions = zip(asked.input_ids[1:], told.prefill_logprobs[1:], top[1:], strict=True)
             for token_id, logprob, best in positions:
@@ -130,11 +139,13 @@ class Logprobs(ContractBase):
     def test_top_tokens_of_a_prompt_repeat_those_of_generation(self, engine: Engine) -> None:
         n = min(5, self.capabilities().max_top_n_tokens)
         written = engine.run_one(self.request(self.prompt(engine), 12, logprobs=True, top_n_tokens=n))
+        self.check_served(written, "logprobs")
         prompt = (*written.request.input_ids, *written.ids)
         asked = self.request(prompt, 1, prefill_logprobs=True, prefill_top_n_tokens=n)
-        read = engine.run_one(asked).finished.prefill_top[-len(written.ids) :]
+        read = engine.run_one(asked).finished.prefill_top
+        check_one_per_token(read, len(prompt), "lists of top tokens")
         allowed = max(ROUNDING, self.capabilities().tolerance)
-        for at, (token, top) in enumerate(zip(written.tokens, read, strict=True)):
+        for at, (token, top) in enumerate(zip(written.tokens, read[-len(written.tokens) :], strict=True)):
             one, other = dict(token.top), dict(top)
             off = [abs(one[token_id] - other[token_id]) for token_id in one.keys() & other.keys()]
             same = bool(off) and max(off) <= allowed

@@ -49,6 +49,6 @@ class Loras(ContractBase):
     def _pair(self, engine: Engine, length: int = 8) -> tuple[Request, Request]:
         """The same request of the model itself and of the adapter."""
         if self.adapter is None:
-            pytest.skip("the class under test names no LoRA adapter: set `adapter`")
+            pytest.skip("no LoRA adapter is named: tgi-contract --adapter NAME=PATH, or `adapter` of the test class")
         plain = self.request(self.prompt(engine, length, seed=31), 16)
         return plain, self.again(plain, adapter_id=self.adapter[0])

@@ -9,6 +9,9 @@ from tgi_contract_tests.engine import Answer, Engine
 from tgi_contract_tests.rules import demand
 from tgi_gateway.types import SamplingParams
 
+TIE = 0.01
+"""Tokens whose log-probabilities differ by less may be drawn for each other, also at a temperature of a thousandth."""
+
 
 class Sampling(ContractBase):
     def _answer(self, engine: Engine, sampling: SamplingParams | None = None, length: int = 24) -> Answer:
@@ -70,7 +73,13 @@ class Sampling(ContractBase):
         demand(set(answer.ids) == {token_id}, "sampling", f"logit_bias +10000 on {token_id} gave {answer.ids}")
 
     def _check_greedy(self, engine: Engine, sampling: SamplingParams, what: str) -> None:
-        self.check_same(self._answer(engine), self._answer(engine, sampling), "sampling", f"greedy and {what}")
+        """But for tokens that are as likely: which of them is drawn is nobody's fault, and what follows differs."""
+        greedy, drawn = self._answer(engine), self._answer(engine, sampling)
+        for at, (one, other) in enumerate(zip(greedy.tokens, drawn.tokens, strict=False)):
+            if one.token_id != other.token_id and abs(one.logprob - other.logprob) < TIE:
+                greedy.tokens[at:], drawn.tokens[at:] = [], []
+                break
+        self.check_same(greedy, drawn, "sampling", f"greedy and {what}")
 
     def _check_distinct(self, engine: Engine, sampling: SamplingParams, what: str) -> Answer:
         answer = self._answer(engine, sampling, 12)

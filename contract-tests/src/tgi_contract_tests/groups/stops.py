@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tgi_contract_tests.base import ContractBase
+from tgi_contract_tests.base import IN_A_CLASS, ContractBase
 from tgi_contract_tests.engine import Answer, Engine
 from tgi_contract_tests.rules import demand
 from tgi_gateway.types import Finished, Request, StopRules
@@ -116,7 +116,7 @@ class Stops(ContractBase):
                 return answer
             if set(answer.ids[:-1]) & set(engine.model.eos_token_ids):
                 demand(False, "stop-rules", f"the answer went on after end-of-sequence: {answer.ids}, {answer.ending}")
-        pytest.skip("no prompt was answered with end-of-sequence within 32 tokens: set `end_prompt`")
+        pytest.skip(f"no prompt was answered with end-of-sequence within 32 tokens: set `end_prompt` {IN_A_CLASS}")
 
     def _with_stop_token(self, request: Request, token_id: int) -> Request:
         return self.again(request, stop=replace(request.stop, stop_token_ids=(token_id,)))

@@ -61,7 +61,7 @@ class Streams(ContractBase):
             engine.cancel(running.request.request_id)
         engine.wait_ended(running)
         if ended:
-            pytest.skip("the engine is through before it can be held: raise max_total_tokens in `options`")
+            pytest.skip("the engine is through before it can be held: raise max_total_tokens, by --set or in `options`")
         more = len(running.tokens) - seen - 1
         demand(
             more <= self.tokens_after_cancel,
