@@ -13,6 +13,7 @@ import pytest
 from outsider import ROOT, Outsider
 from servers import run_server
 
+from tgi_gateway.backend import ALL_FEATURES
 from tgi_gateway.testing.worker import write_byte_model
 
 GUIDES = {"toy-backend": "write-a-backend.md", "toy-device": "write-a-device.md"}
@@ -34,8 +35,8 @@ def test_a_guide_holds_every_file_of_its_example(example: str, guide: str) -> No
 
 
 def test_the_toy_backend_is_a_whole_engine_in_sixty_lines() -> None:
-    sources = {name: text for name, text in files_in(GUIDES["toy-backend"]).items() if name.endswith(".py")}
-    assert sum(len(text.splitlines()) for text in sources.values()) <= MOST_LINES
+    (engine,) = (text for name, text in files_in(GUIDES["toy-backend"]).items() if name.endswith("/tgi_backend_toy.py"))
+    assert len(engine.splitlines()) <= MOST_LINES
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,33 @@ def test_the_five_lines_of_pytest_run_the_contract(author: Outsider, tmp_path: P
     done = author.python(*common, "-k", "Limits or sane or limit", str(test))
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_an_engine_that_the_guide_kills_and_hangs_keeps_no_test_run_from_ending(
+    author: Outsider, tmp_path: Path
+) -> None:
+    test = tmp_path / "test_toy_faults.py"
+    test.write_text(files_in(GUIDES["toy-backend"])["toy-backend/test_toy_faults.py"], "utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    common = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio"]
+    chosen = "dead_engine or engine_that_hangs or end_of_sequence"
+    done = author.python(*common, "-k", chosen, str(test), timeout_s=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"4 passed, 1 skipped", done.stdout), done.stdout  # `min_new_tokens` is not declared
+
+
+def test_options_that_the_toy_backend_would_ignore_are_refused(author: Outsider) -> None:
+    code = (
+        "from pathlib import Path; from tgi_gateway import plugins; from tgi_gateway.backend import EngineOptions;"
+        "plugins.load('toy').create(EngineOptions(Path(), 'toy', max_total_tokens=64, dtype='bfloat16')).load()"
+    )
+    done = author.python("-c", code)
+    assert done.stderr.rstrip().endswith("SettingsError: this engine does not support --dtype bfloat16. Leave that out")
+
+
+def test_every_feature_is_in_the_guide() -> None:
+    page = (ROOT / "docs" / GUIDES["toy-backend"]).read_text("utf-8")
+    assert {feature for feature in ALL_FEATURES if f"`{feature}`" not in page} == set()
 
 
 def test_the_toy_device_of_the_guide_keeps_the_device_contract(author: Outsider, tmp_path: Path) -> None:

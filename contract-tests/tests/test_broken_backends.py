@@ -137,6 +137,7 @@ CAUGHT_BY: dict[str, tuple[str, ...]] = {
     ),
     "PromptLogprobsWithoutTheFirst": (
         "test_prompt_logprobs_are_one_per_token",
+        "test_prompt_logprobs_repeat_those_of_generation",
         "test_top_tokens_of_a_prompt_agree_with_its_logprobs",
     ),
     "PromptTopIsOneLate": ("test_top_tokens_of_a_prompt_repeat_those_of_generation",),

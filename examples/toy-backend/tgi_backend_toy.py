@@ -2,12 +2,19 @@
 
 from collections.abc import Sequence
 
-from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, ModelInfo
+from tgi_gateway.backend import Backend, BackendPlugin, Capabilities, EngineOptions, ModelInfo, refuse_options
 from tgi_gateway.hooks import hookimpl
 from tgi_gateway.stepping import Row, SteppingBackend
 from tgi_gateway.types import Token
 
 CAPABILITIES = Capabilities(features=frozenset({"ignore_eos", "stop_token_ids"}))
+HONOURED = {
+    "max_batch_size",
+    "max_total_tokens",
+    "max_input_tokens",
+    "max_batch_total_tokens",
+    "max_batch_prefill_tokens",
+}
 
 
 class ToyBackend(SteppingBackend):
@@ -16,6 +23,7 @@ class ToyBackend(SteppingBackend):
         self.options = options
 
     def load(self) -> ModelInfo:
+        refuse_options(self.options, HONOURED)
         rows, length = self.options.max_batch_size or 8, self.options.max_total_tokens or 1024
         return ModelInfo(
             model_id=self.options.model_id,
