@@ -87,9 +87,11 @@ async def test_a_step_with_too_few_tokens_is_told_with_both_numbers() -> None:
     async with running(engine) as inbox:
         engine.submit(request(1, 5))
         engine.submit(request(2, 6))
-        endings = await inbox.endings(2)
-    told = Failed(1, "incomplete_generation", "the engine stopped: step returned 1 tokens for 2 rows")
-    assert endings[1] == told
+        await inbox.endings(2)
+        engine.submit(request(3, 6))
+        endings = await inbox.endings(3)
+    told = "the engine has stopped: step returned 1 tokens for 2 rows"
+    assert list(endings.values()) == [Failed(each, "incomplete_generation", told) for each in (1, 2, 3)]
 
 
 async def test_tokens_in_another_order_than_the_rows_are_noticed() -> None:

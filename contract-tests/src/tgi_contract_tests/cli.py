@@ -60,12 +60,13 @@ class Results:
         elif report.skipped:
             self._keep(name, "skipped", reason.removeprefix("Skipped: "), report.duration)
         elif report.failed:
-            self._keep(name, "failed", reason, report.duration)
+            log = "\n".join(text for title, text in report.sections if title.startswith("Captured log"))
+            self._keep(name, "failed", reason, report.duration, log)
         elif report.when == "call":
             self._keep(name, "passed", "", report.duration)
 
-    def _keep(self, name: str, outcome: Outcome, reason: str, seconds: float) -> None:
-        self.all.append(Result(name, self.groups.get(name, ""), outcome, reason, seconds))
+    def _keep(self, name: str, outcome: Outcome, reason: str, seconds: float, log: str = "") -> None:
+        self.all.append(Result(name, self.groups.get(name, ""), outcome, reason, seconds, log))
         style = {"passed": "green", "failed": "bold red", "skipped": "dim", "known failure": "yellow"}[outcome]
         text = f"{outcome:>13}  {name}" + (f" ({reason})" if outcome in ("skipped", "known failure") else "")
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -96,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     distribution = plugins.distribution_of(plugin.name)
     report = Report(plugin, distribution, metadata.version(distribution), results.all)
     console.print(report.result_table())
-    for reason, names in report.by_reason("failed").items():
-        console.rule(names[0] if len(names) == 1 else f"{len(names)} tests")
-        console.print(reason, markup=False, highlight=False)
-        if len(names) > 1:
-            console.print(f"in: {', '.join(names)}", markup=False, highlight=False)
+    for reason, failed in report.by_reason("failed").items():
+        console.rule(failed[0].name if len(failed) == 1 else f"{len(failed)} tests")
+        told = [reason, f"in: {', '.join(each.name for each in failed)}" if len(failed) > 1 else "", failed[0].log]
+        for text in filter(None, told):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.document(), indent=1) + "\n", "utf-8")
     if arguments.markdown:

@@ -194,6 +194,8 @@ class Engine:
     @contextmanager
     def held_emit(self, running: Answer) -> Iterator[None]:
         """Inside, the `emit` of a step of `running` does not return: the gateway is busy."""
+        if running.ended:
+            _ = running.finished  # no failure: an engine that has died emits where it is asked, and would wait there
         self._held.clear()
         self._gate.clear()
         try:

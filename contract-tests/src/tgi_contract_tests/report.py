@@ -25,6 +25,8 @@ class Result:
     outcome: Outcome
     reason: str
     seconds: float
+    log: str = ""
+    """What was logged meanwhile, of a failure: an engine that dies says there of what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +94,20 @@ class Report:
         told = [each for each in self.results if each.outcome in ("failed", "known failure")]
         reasons = ((each, each.reason.strip().replace("\n", "; ")) for each in told)
         lines += [""] * bool(told) + [f"* {each.outcome}: `{each.name}`: {reason}" for each, reason in reasons]
-        skipped = sorted(self.by_reason("skipped").items())
-        lines += [""] * bool(skipped) + [f"* skipped: {_few(names)}: {reason}" for reason, names in skipped]
+        untried = {
+            reason: tests
+            for reason, tests in self.by_reason("skipped").items()
+            if not reason.startswith(("declared:", "not declared:"))  # of which the first table tells
+        }
+        lines += [""] * bool(untried) + [f"* skipped: {_few(tests)}: {reason}" for reason, tests in untried.items()]
         return "\n".join(lines) + "\n"
 
-    def by_reason(self, outcome: Outcome) -> dict[str, list[str]]:
+    def by_reason(self, outcome: Outcome) -> dict[str, list[Result]]:
         """The tests that ended so, by what is told of them."""
-        found: dict[str, list[str]] = {}
+        found: dict[str, list[Result]] = {}
         for each in self.results:
             if each.outcome == outcome:
-                found.setdefault(each.reason, []).append(each.name)
+                found.setdefault(each.reason, []).append(each)
         return found
 
     def document(self) -> dict[str, Any]:
@@ -118,5 +124,5 @@ class Report:
         }
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) if len(names) <= 3 else f"{len(names)} tests"
+def _few(tests: Sequence[Result]) -> str:
+    return ", ".join(f"`{each.name}`" for each in tests) if len(tests) <= 3 else f"{len(tests)} tests"

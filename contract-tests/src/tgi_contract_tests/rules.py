@@ -93,4 +93,5 @@ def demand(kept: bool, rule: Rule, seen: str) -> None:
 
 
 def _fail(text: str, seen: str, page: str) -> NoReturn:
-    pytest.fail(f"the contract demands: {text}\nseen: {seen}\nread: {page}", pytrace=False)
+    message = f"the contract demands: {text}\nseen: {seen}\nread: {page}"
+    raise pytest.fail.Exception(message, pytrace=False) from None

@@ -87,6 +87,8 @@ class SteppingBackend(Backend):
         self._next_step_at = 0.0
         self._free_kv_tokens = 0
         self._stopping = False
+        self._why = "the engine has stopped"
+        """What requests are told that it does not serve any more."""
         self._ended = False
         self._task: asyncio.Task[None] | None = None
         self._thread = WorkThread("engine")
@@ -198,7 +200,6 @@ class SteppingBackend(Backend):
         self._thread.end()
 
     async def _run(self) -> None:
-        why = "the engine stopped"
         try:
             while not (self._stopping and not self._waiting and not self._running and not self._inbox):
                 await self._until_there_is_work()
@@ -212,10 +213,11 @@ class SteppingBackend(Backend):
                 if events:
                     self._emit(events)
                 self._answer_checks(None)
-        except Exception as error:
+        except GatewayError as error:  # whose text is for clients
+            log.error("the step loop died: %s", error.detail)
+            self._why = f"{self._why}: {error.detail}"
+        except Exception:
             log.exception("the step loop died")
-            if isinstance(error, GatewayError):  # whose text is for clients
-                why = f"{why}: {error.detail}"
         finally:
             self._ended = True
             unfinished = [*self._waiting, *self._running]
@@ -225,7 +227,7 @@ class SteppingBackend(Backend):
             self._running.clear()
             self._free_kv_tokens = self.model.max_batch_total_tokens
             self._answer_checks(Unhealthy("the step loop has ended"))
-            self._fail(unfinished, IncompleteGeneration(why))
+            self._fail(unfinished, IncompleteGeneration(self._why))
             self._refuse_inbox()
 
     def _answer_checks(self, error: Unhealthy | None) -> None:
@@ -378,7 +380,7 @@ class SteppingBackend(Backend):
             while True:
                 item = self._inbox.popleft()
                 if isinstance(item, Row):
-                    self._fail([item.request.request_id], IncompleteGeneration("the engine has stopped"))
+                    self._fail([item.request.request_id], IncompleteGeneration(self._why))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """`work` in the engine's thread. What runs there is not broken off: whoever is cancelled waits for it."""
