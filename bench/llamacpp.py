@@ -2,13 +2,13 @@
 
     python bench/llamacpp.py                      # a random model of 40 M parameters, in Q8_0
     python bench/llamacpp.py --size medium        # of 320 M
+    python bench/llamacpp.py --size medium --type f16
     python bench/llamacpp.py --model some.gguf --threads 8
 
 All have the same file and as many threads. Bare loop and gateway are measured in turns, each first in every second
 round, so that a change of the machine's mood meets both: what counts is the median of what they are to each other in a
 round. The other server runs by itself, at its best setting: it does not cut running streams off, and its threads never
-sleep. It needs `pip install "llama-cpp-python[server]"`, and is left
-out without.
+sleep. It needs `pip install "llama-cpp-python[server]"`, and is left out without.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="GGUF", help="default: a random one, made for this run")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the random model (default small)")
+    parser.add_argument("--type", choices=("q8_0", "f16"), default="q8_0", help="of its weights (default q8_0)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each (default 1)")
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="beside a single one (default 8)")
     parser.add_argument("--tokens", type=int, default=96, metavar="N", help="of each answer (default 96)")
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="tgi-bench-") as scratch:
-        model = options.model or random_model(Path(scratch), options.size)
+        model = options.model or random_model(Path(scratch), options.size, options.type)
         try:
             figures = measure(options, model, Path(scratch) / "server.log")
         except NotServing as error:
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def random_model(folder: Path, size: str) -> Path:
+def random_model(folder: Path, size: str, kind: str) -> Path:
     """A GGUF file with the demo model's tokenizer and random weights."""
     from safetensors.numpy import save_file
 
@@ -104,8 +105,8 @@ def random_model(folder: Path, size: str) -> Path:
         for name, shape in shapes.items()
     }
     save_file(weights, source / "model.safetensors")
-    target = folder / f"random-{size}-q8_0.gguf"
-    convert(source, target, "q8_0")
+    target = folder / f"random-{size}-{kind}.gguf"
+    convert(source, target, kind)
     return target
 
 
