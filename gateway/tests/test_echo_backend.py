@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from inbox import Inbox, running
 
 from tgi_gateway.backend import EngineOptions
 from tgi_gateway.errors import ModelError, Unhealthy
 from tgi_gateway.testing import EchoBackend, distribution, plugin_echo, toy_model
 from tgi_gateway.testing.echo import toy_model_from
-from tgi_gateway.types import Event, Failed, Finished, Request, SamplingParams, StepEvents, StopRules, Token, Usage
-
-
-class Inbox:
-    """Keeps every event and lets a test wait for endings."""
-
-    def __init__(self) -> None:
-        self.steps: list[StepEvents] = []
-        self.events: list[Event] = []
-        self._changed = asyncio.Event()
-
-    def emit(self, step: StepEvents) -> None:
-        self.steps.append(step)
-        self.events.extend(step.events())
-        self._changed.set()
-
-    async def ending(self, request_id: int) -> Finished | Failed:
-        async with asyncio.timeout(10):
-            while True:
-                for event in self.events:
-                    if isinstance(event, (Finished, Failed)) and event.request_id == request_id:
-                        return event
-                self._changed.clear()
-                await self._changed.wait()
-
-    def tokens(self, request_id: int) -> list[int]:
-        return [event.token_id for event in self.events if isinstance(event, Token) and event.request_id == request_id]
-
-
-@asynccontextmanager
-async def running(backend: EchoBackend) -> AsyncIterator[Inbox]:
-    inbox = Inbox()
-    await backend.start(inbox.emit)
-    try:
-        yield inbox
-    finally:
-        await backend.stop(0.0)
+from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StepEvents, StopRules, Usage
 
 
 def request(request_id: int, *prompt: int, max_new_tokens: int = 8, sampling: SamplingParams | None = None) -> Request:

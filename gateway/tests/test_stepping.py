@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
+from inbox import Inbox, running
 
 from tgi_gateway.backend import Capabilities, ModelInfo
 from tgi_gateway.errors import GatewayError, StartError, Unhealthy
 from tgi_gateway.stepping import Row, SteppingBackend
 from tgi_gateway.testing import toy_model
-from tgi_gateway.types import Event, Failed, Finished, Request, SamplingParams, StepEvents, StopRules, Token
+from tgi_gateway.types import Failed, Finished, Request, SamplingParams, StopRules, Token
 
 Step = Callable[[Sequence[Row]], Sequence[Token | GatewayError]]
 ABLE = Capabilities(features=frozenset({"min_new_tokens", "stop_token_ids", "prefill_logprobs"}))
@@ -47,37 +48,6 @@ class Engine(SteppingBackend):
         return self.kept[row.request.request_id]
 
 
-class Inbox:
-    """Keeps every event; `endings` waits for so many."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._changed = asyncio.Event()
-
-    def emit(self, step: StepEvents) -> None:
-        self.events.extend(step.events())
-        self._changed.set()
-
-    async def endings(self, count: int) -> dict[int, Finished | Failed]:
-        async with asyncio.timeout(10):
-            while True:
-                found = {each.request_id: each for each in self.events if not isinstance(each, Token)}
-                if len(found) >= count:
-                    return found
-                self._changed.clear()
-                await self._changed.wait()
-
-
-@asynccontextmanager
-async def running(engine: Engine) -> AsyncIterator[Inbox]:
-    inbox = Inbox()
-    await engine.start(inbox.emit)
-    try:
-        yield inbox
-    finally:
-        await engine.stop(0.0)
-
-
 def request(request_id: int, *prompt: int, prefill_logprobs: bool = False) -> Request:
     return Request(request_id, prompt, SamplingParams(), StopRules(4), prefill_logprobs=prefill_logprobs)
 
@@ -87,11 +57,11 @@ async def test_a_step_with_too_few_tokens_is_told_with_both_numbers() -> None:
     async with running(engine) as inbox:
         engine.submit(request(1, 5))
         engine.submit(request(2, 6))
-        await inbox.endings(2)
+        await inbox.ending(1)
         engine.submit(request(3, 6))
-        endings = await inbox.endings(3)
+        endings = [await inbox.ending(each) for each in (1, 2, 3)]
     told = "the engine has stopped: step returned 1 tokens for 2 rows"
-    assert list(endings.values()) == [Failed(each, "incomplete_generation", told) for each in (1, 2, 3)]
+    assert endings == [Failed(each, "incomplete_generation", told) for each in (1, 2, 3)]
 
 
 async def test_tokens_in_another_order_than_the_rows_are_noticed() -> None:
@@ -99,7 +69,7 @@ async def test_tokens_in_another_order_than_the_rows_are_noticed() -> None:
     async with running(engine) as inbox:
         engine.submit(request(1, 5))
         engine.submit(request(2, 6))
-        ending = (await inbox.endings(2))[1]
+        ending = await inbox.ending(1)
     assert isinstance(ending, Failed)
     assert "a token of request 2 in the place of request 1" in ending.message
 
@@ -121,11 +91,11 @@ async def test_a_token_outside_the_vocabulary_fails_its_own_request(token_id: in
     async with running(engine) as inbox:
         engine.submit(request(1, 5))
         engine.submit(request(2, 6))
-        endings = await inbox.endings(2)
+        endings = [await inbox.ending(each) for each in (1, 2)]
     told = f"the engine chose token {token_id}, which is not in its vocabulary of 100"
-    assert endings[1] == Failed(1, "generation", told)
-    assert isinstance(endings[2], Finished)
-    assert not [each for each in inbox.events if isinstance(each, Token) and each.request_id == 1]
+    assert endings[0] == Failed(1, "generation", told)
+    assert isinstance(endings[1], Finished)
+    assert inbox.tokens(1) == []
 
 
 async def test_a_row_is_released_after_it_was_asked_for_its_prompt() -> None:
@@ -133,7 +103,7 @@ async def test_a_row_is_released_after_it_was_asked_for_its_prompt() -> None:
     engine = Engine()
     async with running(engine) as inbox:
         engine.submit(request(1, 5, 6, prefill_logprobs=True))
-        ending = (await inbox.endings(1))[1]
+        ending = await inbox.ending(1)
     assert isinstance(ending, Finished)
     assert ending.prefill_logprobs == (0.5, 0.5)
     assert engine.kept == {}
@@ -162,8 +132,7 @@ async def test_an_engine_that_cannot_load_leaves_no_thread() -> None:
 
 
 HANGING = """
-import asyncio, sys, threading
-sys.path.insert(0, sys.argv[1])
+import asyncio, threading
 from test_stepping import Engine, Inbox, request
 
 async def main():
@@ -178,6 +147,7 @@ asyncio.run(main())
 
 
 def test_a_step_that_hangs_does_not_keep_its_process_from_ending() -> None:
-    folder = __file__.rpartition("/")[0]
-    done = subprocess.run([sys.executable, "-c", HANGING, folder], capture_output=True, text=True, timeout=60)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", HANGING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, check=False)
     assert done.returncode == 0, done.stderr

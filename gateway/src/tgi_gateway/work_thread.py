@@ -17,9 +17,11 @@ class WorkThread:
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._turn, name=name, daemon=True)
+        self._ended = False
 
     def run(self, work: Callable[[], T]) -> Future[T]:
         """Call `work` after what was asked for before. From one thread only."""
+        assert not self._ended, "end() comes last"
         future: Future[T] = Future()
 
         def call() -> None:
@@ -37,6 +39,7 @@ class WorkThread:
 
     def end(self) -> None:
         """The thread ends after the calls that were asked for. Idempotent; nothing may be asked for afterwards."""
+        self._ended = True
         self._calls.put(None)
 
     def _turn(self) -> None:
