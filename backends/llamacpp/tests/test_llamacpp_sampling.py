@@ -79,7 +79,8 @@ def test_tokens_and_scores_are_those_of_the_torch_sampler() -> None:
         result = ours.sample(both, plan, None)
         assert result.token_ids == expected.tokens.tolist()
         assert expected.logprobs is not None
-        assert result.logprobs == pytest.approx(expected.logprobs.tolist(), abs=1e-5)
+        both[:] = np.nan  # the next step's come to the same place before anybody asks for scores
+        assert list(map(float, result.logprobs)) == pytest.approx(expected.logprobs.tolist(), abs=1e-5)
         assert expected.top_ids is not None
         for row, top in result.top.items():
             assert [token for token, _ in top] == expected.top_ids[row, : len(top)].tolist()
@@ -100,4 +101,4 @@ def test_what_is_no_number_ends_its_own_request_alone(value: float) -> None:
     assert sorted(result.endings) == [0, 1]
     assert len(result.logprobs) == 3
     assert result.token_ids[2] == int(rows[2].argmax())
-    assert np.isfinite(result.logprobs[2])
+    assert np.isfinite(float(result.logprobs[2]))

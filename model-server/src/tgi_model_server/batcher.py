@@ -19,7 +19,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
 from tgi_gateway.errors import BackendFailed, GatewayError, ValidationError
 from tgi_gateway.types import Failed, Finished, FinishReason, Request, StepEvents, Usage
@@ -258,7 +258,8 @@ class Batcher:
         for row in step.plan.prompt_top:
             step.rows[row].prompt_top.extend(result.prompt_top[row])
         events = self._events
-        request_ids, token_ids, logprobs = events.request_ids, events.token_ids, events.logprobs
+        request_ids, token_ids = events.request_ids, events.token_ids
+        logprobs: list[SupportsFloat] = events.logprobs  # type: ignore[assignment]  # `StepLoop` makes numbers of them
         ended: list[tuple[Sequence, FinishReason | GatewayError]] = []
         surplus = 0
         for index, (sequence, token, logprob) in enumerate(

@@ -160,7 +160,7 @@ class StepLoop:
 
     def _main(self) -> None:
         if self._runner.pipeline_depth == 1:
-            self._teller = Teller(self._emit, self.lose)
+            self._teller = Teller(self._tell, self.lose)
         try:
             while self.turn():
                 if not self.has_work():
@@ -192,12 +192,17 @@ class StepLoop:
         if events and self._teller is not None:
             self._teller.hold(events)
         elif events:
-            self._emit(events)
+            self._tell(events)
         if self.failure is not None:
             return False
         # Sleeping with open requests would hang them, turning on would burn a core.
         assert started or was_in_flight or not (batcher.running or batcher.waiting), "no step fits any request"
         return True
+
+    def _tell(self, events: StepEvents) -> None:
+        """Hand events on, their log-probabilities as numbers: see `StepResult.logprobs`."""
+        events.logprobs[:] = map(float, events.logprobs)
+        self._emit(events)
 
     def _sleep(self) -> None:
         if self._teller is not None:
@@ -299,7 +304,7 @@ class StepLoop:
         with self._closing:
             events = self.batcher.take_events()
             if events:
-                self._emit(events)
+                self._tell(events)
             self._refuse_inbox()
 
     def _refuse_inbox(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import SupportsFloat
 
 from tgi_gateway.errors import GatewayError
 from tgi_gateway.types import FinishReason
@@ -71,8 +72,10 @@ class StepResult:
     """What a step produced, on the host. Lists follow `StepPlan.sample_rows`."""
 
     token_ids: list[int]
-    logprobs: list[float]
-    """NaN for rows that did not ask."""
+    logprobs: list[SupportsFloat]
+    """NaN for rows that did not ask. They need not be numbers yet: `float` makes one of each before it is told, perhaps
+    in another thread, while the next step is computed.
+    """
     top: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     """Index into `token_ids` -> most likely tokens with log-probabilities, most likely first."""
     prompt_logprobs: dict[int, list[float]] = field(default_factory=dict)

@@ -44,6 +44,48 @@ class _Slot:
     """Per token: how often in the output."""
 
 
+class _Scores:
+    """Logits of a step, whose sums wait until a log-probability is asked for: they take longer than all else that there
+    is to do between two steps, and can be had beside the next one.
+    """
+
+    __slots__ = ("_highest", "_logits", "_sums")
+
+    def __init__(self, logits: Logits, highest: Sequence[float]) -> None:
+        """`highest` of each row; rows where it is not finite have no scores."""
+        self._logits = logits
+        self._highest = highest
+        self._sums: dict[int, float] | None = None
+
+    def sum_of(self, row: int) -> float:
+        """The logarithm of the row's sum of exponentials."""
+        if self._sums is None:
+            sound = [row for row, highest in enumerate(self._highest) if isfinite(highest)]
+            logits = self._logits if len(sound) == len(self._logits) else self._logits[sound]
+            sums = filters.log_sums(logits, [self._highest[row] for row in sound])
+            self._sums = dict(zip(sound, sums, strict=True))
+        return self._sums[row]
+
+    def of(self, row: int, token: int) -> float:
+        """The token's log-probability, of the model's own distribution."""
+        score: float = self._logits.item(row, token)
+        return score - self.sum_of(row)
+
+
+class _Score:
+    """One of them, as `StepResult.logprobs` may have it."""
+
+    __slots__ = ("_row", "_scores", "_token")
+
+    def __init__(self, scores: _Scores, row: int, token: int) -> None:
+        self._scores = scores
+        self._row = row
+        self._token = token
+
+    def __float__(self) -> float:
+        return self._scores.of(self._row, self._token)
+
+
 class Sampler:
     """The rules of all slots, and the counts that penalties work on. Belongs to the step loop's thread."""
 
@@ -105,11 +147,7 @@ class Sampler:
         best = logits.argmax(1).tolist()
         highest = [logits.item(place) for place in enumerate(best)]
         slots = [self._slots[plan.slots[row]] for row in plan.sample_rows]
-        told = [index for index, slot in enumerate(slots) if slot.scored and isfinite(highest[index])]
-        wholes: dict[int, float] = {}
-        if told:
-            some = logits if len(told) == len(slots) else logits[told]
-            wholes = dict(zip(told, filters.log_sums(some, [highest[index] for index in told]), strict=True))
+        scores: _Scores | None = None
         for index, (row, slot) in enumerate(zip(plan.sample_rows, slots, strict=True)):
             raw = logits[index]
             if not isfinite(highest[index]):  # a maximum is NaN if any is
@@ -129,9 +167,11 @@ class Sampler:
             if not slot.scored:
                 result.logprobs.append(NO_LOGPROB)
                 continue
-            result.logprobs.append(raw.item(token) - wholes[index])  # of the model's own distribution
+            # Of a copy, since llama.cpp writes the next step's to where these are.
+            scores = scores or _Scores(logits.copy(), highest)
+            result.logprobs.append(_Score(scores, index, token))
             if slot.request.top_n_tokens:
-                result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens, wholes[index])
+                result.top[index] = filters.most_likely(raw, slot.request.top_n_tokens, scores.sum_of(index))
         return result
 
     def _choose(
