@@ -60,7 +60,7 @@ SAMPLING = [
 
 
 def kept(results: list[tuple[StepResult, int]]) -> list[tuple[int, float]]:
-    return [(result.token_ids[row], result.logprobs[row]) for result, row in results]
+    return [(result.token_ids[row], float(result.logprobs[row])) for result, row in results]
 
 
 @pytest.mark.skipif(not machine.rounds_alike(), reason="on this processor MKL rounds by the number of rows")
@@ -137,7 +137,7 @@ def test_top_tokens_are_sorted_and_agree_with_the_chosen_tokens_logprob(engine: 
     assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
     assert top[0] == (result.token_ids[1], result.logprobs[1])
     assert math.isnan(result.logprobs[0])
-    assert result.logprobs[2] < 0
+    assert float(result.logprobs[2]) < 0
     for request_id in (1, 2, 3):
         batch.remove(request_id)
 
