@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from collections import deque
@@ -86,6 +87,13 @@ def test_static_shapes_and_two_steps_in_flight_change_no_token(folder: Path, sam
         for tokens, token in zip(found, step, strict=True):
             tokens.append(token)
     assert [tokens[:12] for tokens in found] == expected
+
+
+def test_a_start_tells_what_it_is_busy_with(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load(folder, StaticDevice(), max_batch_size=2, max_batch_prefill_tokens=32)
+    phases = list(dict.fromkeys(record.getMessage() for record in caplog.records))
+    assert phases == ["Measuring the largest steps", "Recording steps"]
 
 
 def test_a_step_that_fits_no_bucket_runs_as_it_is(folder: Path) -> None:

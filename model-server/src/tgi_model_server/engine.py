@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 
 from tgi_gateway.backend import OPTIONS, EngineOptions, refuse_options
 from tgi_gateway.errors import GatewayError
+from tgi_gateway.telemetry import logs
 from tgi_gateway.types import NO_LOGPROB, FinishReason, Request
 from tgi_model_server.buckets import choose_bucket, pad_plan
 from tgi_model_server.device import AttentionShape, Bucket, Device, Forward, StepLimits
@@ -33,6 +35,8 @@ from tgi_model_server.transfer import HostCopy, to_device
 from tgi_model_server.weights.dummy import DummyWeights
 from tgi_model_server.weights.loader import CheckpointWeights, Progress, Weights
 from tgi_model_server.worst_case import run_largest_steps
+
+log = logging.getLogger(__name__)
 
 HONOURED = OPTIONS - {"quantize", "lora_adapters", "speculate"}
 _PROMPT_LOGPROB_ROWS = 128
@@ -204,7 +208,9 @@ class Engine:
     def _capture(self, buckets: Sequence[Bucket]) -> dict[Bucket, _Captured]:
         """Every bucket's forward pass made fast, by running it once on padding alone."""
         captured: dict[Bucket, _Captured] = {}
-        for bucket in buckets:
+        for number, bucket in enumerate(buckets):
+            if self._group.rank == 0:
+                logs.progress(log, "Recording steps", number / len(buckets))
             plan = pad_plan(StepPlan(), bucket, self.page_size)
             example = step_input(
                 plan,
@@ -347,4 +353,6 @@ def _load_engine(device: Device, options: EngineOptions, progress: Progress | No
     def largest_steps(within: StepLimits, plain: bool) -> None:
         run_largest_steps(build(num_pages=1, capture=False), within, samples=group.rank == 0, plain=plain)
 
+    if group.rank == 0:
+        logs.progress(log, "Measuring the largest steps", None)
     return build(num_pages=group.minimum(num_pages(device, options, config, shape, limits, largest_steps)))
