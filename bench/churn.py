@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,6 @@ GROWTH_BYTES = 3 << 20
 KEYS = ("first", "second", "third")
 WORDS = ["fox", "hen", "river", "moon", "stone", "lamp", "song", "winter", "bread", "garden", "engine", "letter"]
 WAIT_S = 60.0
-OPEN = ("tgi_queue_size", "tgi_batch_current_size", "tgi_batch_current_max_tokens", "tgi_kv_cache_used_tokens")
-"""All 0 when nothing is open."""
 
 
 @dataclass
@@ -199,13 +197,7 @@ async def _sample(served: Served, looks: list[Look], began_s: float, out: Path, 
 
 def _left(served: Served, made: Churn) -> list[str]:
     """What is still open, and what the counters miss."""
-    deadline_s = time.monotonic() + WAIT_S
-    while True:
-        told = metrics(served)
-        still = {name: told[name] for name in OPEN if told.get(name)}
-        if not still or time.monotonic() > deadline_s:
-            break
-        time.sleep(0.5)
+    still, told = served.drained(WAIT_S), served.metrics()
     wrong = [f"still open: {still}"] if still else []
     ended = told["tgi_request_success"] + told.get("tgi_request_failure", 0.0)
     if told["tgi_request_count"] != ended:
@@ -216,17 +208,6 @@ def _left(served: Served, made: Churn) -> list[str]:
     if not succeeded <= told["tgi_request_success"] <= succeeded + gone:
         wrong.append(f"clients saw {succeeded} answers, the server counted {told['tgi_request_success']:.0f}")
     return wrong
-
-
-def metrics(served: Served) -> dict[str, float]:
-    """Samples of /metrics, those of one name added up."""
-    text = httpx.get(f"{served.url}/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}, timeout=WAIT_S).text
-    values: defaultdict[str, float] = defaultdict(float)
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            values[name.partition("{")[0]] += float(value)
-    return dict(values)
 
 
 def report(looks: list[Look]) -> list[str]:
@@ -266,7 +247,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         environ = {"API_KEYS": ",".join(KEYS), "OMP_NUM_THREADS": "1"}
-        with serve(flags, log, environ=environ, timeout_s=WAIT_S * 2) as served:
+        with serve(flags, log, environ=environ, timeout_s=WAIT_S * 2, key=KEYS[0]) as served:
             wrong = asyncio.run(churn(served, asked.minutes, asked.rate, asked.seed, asked.out))
         wrong += [line for line in log.read_text().splitlines() if "Traceback" in line or " ERROR " in line][:10]
     sys.exit("\n".join(f"WRONG: {each}" for each in wrong) if wrong else 0)

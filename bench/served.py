@@ -20,6 +20,8 @@ POLL_S = 0.02
 STOP_S = 60.0
 METRICS_S = 60.0
 """A machine that is busy with other work may take long to answer."""
+OPEN = ("tgi_batch_current_size", "tgi_queue_size", "tgi_batch_current_max_tokens", "tgi_kv_cache_used_tokens")
+"""Gauges that are all 0 when nothing is open."""
 _ROLES = {"tgi_gateway.launcher.engine_process": "engine", "tgi_gateway.launcher.http_process": "http"}
 _RANK = "tgi_model_server.rank"
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -50,6 +52,8 @@ class Served:
     log: Path | None = None
     ready_s: float = 0.0
     """From the start of the command to the first healthy answer."""
+    key: str | None = None
+    """An API key, where the server asks for one."""
 
     def parts(self) -> dict[int, Part]:
         """Every process by id; empty where /proc does not tell."""
@@ -72,12 +76,24 @@ class Served:
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics, those of one name added up."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=METRICS_S) as answer:
+        headers = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(f"{self.url}/metrics", headers=headers)
+        with urllib.request.urlopen(request, timeout=METRICS_S) as answer:
             text = answer.read().decode()
         values: dict[str, float] = {}
         for name, value in _SAMPLE.findall(text):
             values[name] = values.get(name, 0.0) + float(value)
         return values
+
+    def drained(self, within_s: float) -> dict[str, float]:
+        """Wait until nothing is in use any more; those of `OPEN` that still are after so long."""
+        deadline_s = time.monotonic() + within_s
+        while True:
+            values = self.metrics()
+            left = {name: values[name] for name in OPEN if values.get(name)}
+            if not left or time.monotonic() > deadline_s:
+                return left
+            time.sleep(0.2)
 
     def check(self) -> None:
         """Raises `NotServing` if the server has ended."""
@@ -87,7 +103,12 @@ class Served:
 
 @contextmanager
 def serve(
-    arguments: Sequence[str], log: Path, *, environ: Mapping[str, str] | None = None, timeout_s: float
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    environ: Mapping[str, str] | None = None,
+    timeout_s: float,
+    key: str | None = None,
 ) -> Iterator[Served]:
     """`tgi-gateway` with `arguments` on a free port of the loopback interface; told to stop at the end.
 
@@ -114,7 +135,7 @@ def serve(
             if time.perf_counter() - began > timeout_s:
                 raise NotServing(f"the server was not ready after {timeout_s:.0f} s{_last_words(log)}")
             time.sleep(POLL_S)
-        yield Served(url, process, log, time.perf_counter() - began)
+        yield Served(url, process, log, time.perf_counter() - began, key)
     finally:
         _end(process)
 

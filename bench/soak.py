@@ -37,8 +37,6 @@ GROWTH_SHARE = 0.03
 FULL_SHARE = 0.95
 EMPTY_S = 60.0
 TIMEOUT_S = 600.0
-GAUGES = ("tgi_batch_current_size", "tgi_queue_size", "tgi_batch_current_max_tokens", "tgi_kv_cache_used_tokens")
-"""All 0 when nothing is open."""
 
 
 @dataclass
@@ -120,7 +118,9 @@ class Soak:
         found.answers = self.measured.answers
         found.errors = dict(self.measured.errors)
         found.output_tokens_per_s = self.measured.output_tokens / (time.monotonic() - began_s)
-        await self._empty()
+        left = await asyncio.to_thread(self._served.drained, EMPTY_S)
+        if left:
+            found.wrong.append(f"{EMPTY_S:.0f} s after the last client left there are still {left}")
         self.judge()
         return found
 
@@ -154,20 +154,8 @@ class Soak:
     def _sample(self, at_s: float) -> Sample:
         resident = {f"{part.role} {pid}": part.resident_bytes for pid, part in self._served.parts().items()}
         metrics = self._served.metrics()
-        self.found.preemptions = metrics.get("tgi_preemptions_total", metrics.get("tgi_preemptions", 0.0))
+        self.found.preemptions = metrics.get("tgi_preemptions", 0.0)
         return Sample(at_s, metrics.get("tgi_kv_cache_used_tokens", 0.0), resident, [used for _, used in nvidia()])
-
-    async def _empty(self) -> None:
-        """Wait until nothing is in use any more."""
-        left: dict[str, float] = {}
-        deadline_s = time.monotonic() + EMPTY_S
-        while time.monotonic() < deadline_s:
-            metrics = await asyncio.to_thread(self._served.metrics)
-            left = {name: metrics[name] for name in GAUGES if metrics.get(name)}
-            if not left:
-                return
-            await asyncio.sleep(0.2)
-        self.found.wrong.append(f"{EMPTY_S:.0f} s after the last client left there are still {left}")
 
     def judge(self) -> None:
         found, samples = self.found, self.samples

@@ -103,8 +103,8 @@ def sum_kernel(
 
     inbox int64 [2, WORLD, CAPACITY]; addresses int64 [WORLD], of all ranks' inboxes; counts int32 [PROGRAMS]; stop
     int32 [1]. Added up in float32 in order of rank, so that all ranks get the same bits. EARLY is programmatic
-    dependent launch: this kernel is started before its input is there, and lets a next one that was launched for it
-    fetch its weights while this one waits for the others.
+    dependent launch: this kernel is started before its input is there, and so is a next one that was launched for it,
+    which fetches its weights meanwhile.
     """
     if EARLY:
         gdc_launch_dependents()
