@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,9 +51,11 @@ def attend(
     window: int | None = None,
     shape: AttentionShape = LLAMA_8B,
     together: bool = False,
+    last_only: bool = False,
 ) -> torch.Tensor:
     plan = step(rows, together)
     planned = triton_plan(plan, shape, KVLayout(16), device=torch.device("cpu"), cores=132, tuning=tuning)
+    planned = planned.of_last_tokens() if last_only else planned
     q, _, _ = stacked(plan.num_tokens, shape)
     pool = empty(100, 16, shape.num_kv_heads, shape.head_dim, dtype=shape.kv_dtype)
     return TritonOps(tuning).attention(q, pool, pool, planned, scale=0.1, sliding_window=window)
@@ -176,9 +179,9 @@ def test_no_step_finds_a_kernel_that_was_not_compiled_at_the_start() -> None:
         for _ in range(draw.choice((1, 2, 5, 20))):
             new = draw.choice((2, 16, 50, 500))
             rows.append((new, new + draw.choice((0, draw.randint(0, longest)))))
-        for together in (False, True):
-            found = compilations(partial(attend, tuning, rows, together=together))
-            assert found <= ready, f"rows of (new, keys) {rows}, together: {together}"
+        for together, last_only in itertools.product((False, True), repeat=2):
+            found = compilations(partial(attend, tuning, rows, together=together, last_only=last_only))
+            assert found <= ready, f"rows of (new, keys) {rows}, together: {together}, last only: {last_only}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,11 @@ def our_logits(device: Device, folder: Path, prompts: list[list[int]], seed: int
             if not rows:
                 continue
             attention = device.plan_attention(plan, shape, layout)
-            step = StepInput(torch.tensor(plan.token_ids), torch.tensor(plan.positions()), torch.tensor([0]), attention)
-            logits = model.logits(model.forward(step, pool))
+            lasts = torch.tensor(plan.query_lens).cumsum(0) - 1
+            step = StepInput(torch.tensor(plan.token_ids), torch.tensor(plan.positions()), lasts, attention)
+            alone = model.logits(model.forward(step, pool))
+            logits = model.logits(model.forward(replace(step, whole=True), pool))
+            torch.testing.assert_close(alone, logits[lasts], rtol=0, atol=1e-4, msg="of the last tokens alone")
             for (index, _), part in zip(rows, logits.split_with_sizes([count for _, count in rows]), strict=True):
                 parts[index].append(part)
     return [torch.cat(each) for each in parts]

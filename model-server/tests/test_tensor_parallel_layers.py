@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,13 @@ def logits(folder: Path, group: Group) -> torch.Tensor:
         ),
     ):
         attention = device.plan_attention(plan, shape, layout)
-        step = StepInput(torch.tensor(plan.token_ids), torch.tensor(plan.positions()), torch.tensor([0]), attention)
+        step = StepInput(torch.tensor(plan.token_ids), torch.tensor(plan.positions()), torch.tensor([4]), attention)
         with torch.inference_mode():
-            out.append(model.logits(model.forward(step, pool)))
+            out.append(model.logits(model.forward(replace(step, whole=True), pool)))
+            alone = model.logits(model.forward(step, pool))
+            torch.testing.assert_close(alone, out[-1][4:5], rtol=0, atol=1e-4)
+            nothing = replace(step, last_token=torch.empty(0, dtype=torch.int64))
+            assert model.forward(nothing, pool).shape == (0, config.hidden_size)
     return torch.cat(out)
 
 

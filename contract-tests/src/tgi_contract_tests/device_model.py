@@ -48,7 +48,7 @@ class ToyModel:
     def _attention(self, plan: StepPlan, bucket: Bucket) -> AttentionPlan:
         return self._device.plan_attention(plan, self._shape, self._layout, bucket)
 
-    def forward(self, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, step: StepInput) -> torch.Tensor:
         ops, shape = self._device.ops, self._shape
         hidden = self._embedding[step.input_ids]
         sizes = [shape.num_heads * shape.head_dim, *[shape.num_kv_heads * shape.head_dim] * 2]
@@ -59,7 +59,7 @@ class ToyModel:
             q, self._pools[0], self._pools[1], step.attention, scale=shape.head_dim**-0.5, sliding_window=None
         )
         hidden = hidden + ops.linear(mixed.flatten(1), self._out, None)
-        return ops.linear(hidden[step.last_token], self._head, None).float(), hidden
+        return ops.linear(hidden[step.last_token], self._head, None).float()
 
 
 def shape_of(dtype: torch.dtype) -> AttentionShape:

@@ -88,7 +88,7 @@ class ToyDevice:
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         forward(example)  # a real chip compiles here
 
-        def compiled(step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+        def compiled(step: StepInput) -> torch.Tensor:
             if step.input_ids.shape[0] != bucket.num_tokens:
                 raise ValueError(f"compiled for {bucket}, called with {step.input_ids.shape[0]} tokens")
             return forward(step)

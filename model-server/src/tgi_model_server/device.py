@@ -192,16 +192,19 @@ class Ops(Protocol):
         norms: HeadNorms | None,
         scale: float,
         sliding_window: int | None,
+        last_only: bool = False,
     ) -> torch.Tensor:
         """All that lies between two projections: the norms of single heads, `rope`, `write_kv` and `attention`.
 
-        qkv [T, (heads + 2 * kv_heads) * head_dim], stacked, -> [T, heads * head_dim].
+        qkv [T, (heads + 2 * kv_heads) * head_dim], stacked, -> [T, heads * head_dim]. `last_only`: of each row only the
+        last new token's result is used, as in a model's last layer; the others' may be anything. All keys and values
+        are stored.
         """
         ...
 
 
-Forward = Callable[[StepInput], tuple[torch.Tensor, torch.Tensor]]
-"""StepInput -> float32 logits [sampled rows, vocabulary], hidden states of all new tokens [T, hidden]."""
+Forward = Callable[[StepInput], torch.Tensor]
+"""StepInput -> float32 logits [sampled rows, vocabulary]."""
 
 
 class Device(Protocol):

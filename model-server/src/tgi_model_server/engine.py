@@ -135,12 +135,11 @@ class Engine:
         with torch.inference_mode():
             pending = self._sampler.begin(plan) if self._sampler is not None else None
             try:
-                logits, hidden = self._logits(plan)
+                logits, scores = self._logits_and_scores(plan)
             finally:
                 masks = pending() if pending is not None else None
             rows = len(plan.sample_rows)
             sampled = self._sampler.sample(logits[:rows], plan, masks) if rows and self._sampler is not None else None
-            scores = self._prompt_scores(plan, hidden)
             output = EngineOutput(rows, sampled, scores, {} if masks is None else masks.endings)
             if masks is not None and self._sampler is not None:
                 self._sampler.sampled(plan, output)
@@ -152,25 +151,27 @@ class Engine:
         del self._captured, self._kv, self._model, self._sampler
         self._group.close()
 
-    def _logits(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the model, in the smallest captured form that fits."""
+    def _logits_and_scores(self, plan: StepPlan) -> tuple[torch.Tensor, dict[int, list[HostCopy]]]:
+        """Run the model, in the smallest captured form that fits. Captured steps keep no hidden states."""
         bucket = None
-        if self._captured and self._device.prefers_captured(plan):
+        if self._captured and not plan.prompt_targets and self._device.prefers_captured(plan):
             bucket = choose_bucket(plan, self._captured)
-        if bucket is None:
-            ahead = PREVIOUS_TOKEN in plan.token_ids
-            return self._forward(step_input(plan, self._attention(plan), self._device.torch_device, ahead=ahead))
-        captured = self._captured[bucket]
-        padded = pad_plan(plan, bucket, self.page_size)
-        return captured.forward(refill(captured.step, padded, self._attention(padded, bucket)))
+        if bucket is not None:
+            captured = self._captured[bucket]
+            padded = pad_plan(plan, bucket, self.page_size)
+            return captured.forward(refill(captured.step, padded, self._attention(padded, bucket))), {}
+        ahead = PREVIOUS_TOKEN in plan.token_ids
+        step = step_input(plan, self._attention(plan), self._device.torch_device, ahead=ahead)
+        if not step.whole:
+            return self._forward(step), {}
+        hidden = self._model.forward(self._known(step), self._kv)
+        return self._model.logits(hidden.index_select(0, step.last_token)), self._prompt_scores(plan, hidden)
 
     def _attention(self, plan: StepPlan, bucket: Bucket | None = None) -> AttentionPlan:
         return self._device.plan_attention(plan, self._shape, self._layout, bucket)
 
-    def _forward(self, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self._model.forward(self._known(step), self._kv)
-        last = hidden if step.last_token.shape[0] == hidden.shape[0] else hidden.index_select(0, step.last_token)
-        return self._model.logits(last), hidden
+    def _forward(self, step: StepInput) -> torch.Tensor:
+        return self._model.logits(self._model.forward(self._known(step), self._kv))
 
     def _known(self, step: StepInput) -> StepInput:
         """The step with what the slots sampled last put in where the host did not know it yet."""

@@ -119,6 +119,7 @@ class ReferenceOps:
         norms: HeadNorms | None,
         scale: float,
         sliding_window: int | None,
+        last_only: bool = False,  # noqa: ARG002
     ) -> torch.Tensor:
         q, k, v = split_heads(qkv, shape)
         if norms is not None:

@@ -46,6 +46,13 @@ class StepInput:
     """int32 [num_tokens]: the slot of each token's row; None where all tokens are known."""
     numbers: torch.Tensor | None = None
     """int32: the one buffer that the others are views of."""
+    whole: bool = False
+    """Whether the hidden states of all new tokens are wanted, as log-probabilities of prompts need them."""
+
+    @property
+    def wanted(self) -> torch.Tensor | None:
+        """int32 or int64: flat indices of the tokens whose hidden states are wanted; None: of all, in their order."""
+        return None if self.whole or self.last_token.shape[0] == self.input_ids.shape[0] else self.last_token
 
 
 def step_input(
@@ -63,7 +70,9 @@ def step_input(
     tokens, each = plan.num_tokens, _aligned(plan.num_tokens)
     ids, positions, slots = (numbers[start : start + tokens] for start in (0, each, 2 * each))
     last_token = numbers[3 * each :]
-    return StepInput(ids, positions, last_token, attention, slots if ahead else None, numbers)
+    return StepInput(
+        ids, positions, last_token, attention, slots if ahead else None, numbers, bool(plan.prompt_targets)
+    )
 
 
 def refill(step: StepInput, plan: StepPlan, attention: AttentionPlan) -> StepInput:

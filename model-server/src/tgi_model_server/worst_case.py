@@ -53,7 +53,7 @@ def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
     what is not much, but a device may have kernels for it, which nobody should wait for later: the longest prompts that
     begin alike, and rows that decode beside a prompt.
     """
-    for tokens in (limits.max_tokens, limits.max_rows):
+    for tokens, scored in ((limits.max_tokens, True), (limits.max_rows, False)):
         rows: list[tuple[int, int]] = []
         left = tokens
         for row in range(limits.max_rows):
@@ -62,7 +62,7 @@ def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
             left -= new
             # One row is as long as any may become, which decides how wide the tables of pages are.
             rows.append((new, limits.max_kv_len if not waiting else new))
-        yield _plan(rows, page_size)
+        yield _plan(rows, page_size, scored=scored)
     new = min(_NEW_TOKENS, limits.max_kv_len, limits.max_tokens)
     yield _plan([(new, limits.max_kv_len)] * min(_ALIKE, limits.max_rows, limits.max_tokens // new), page_size)
     several = {(min(rows, limits.max_rows - 1), min(length, limits.max_kv_len)) for rows, length in _BESIDE}
@@ -71,8 +71,8 @@ def largest_plans(limits: StepLimits, page_size: int) -> Iterator[StepPlan]:
             yield _plan([(1, length)] * beside + [(new, length)], page_size)
 
 
-def _plan(rows: Sequence[tuple[int, int]], page_size: int) -> StepPlan:
-    """Rows of (new tokens, length), all on page 0."""
+def _plan(rows: Sequence[tuple[int, int]], page_size: int, *, scored: bool = False) -> StepPlan:
+    """Rows of (new tokens, length), all on page 0; with `scored` log-probabilities of all prompts."""
     plan = StepPlan()
     for row, (new, length) in enumerate(rows):
         plan.slots.append(row)
@@ -83,6 +83,6 @@ def _plan(rows: Sequence[tuple[int, int]], page_size: int) -> StepPlan:
         plan.sample_rows.append(row)
         plan.allow_eos.append(True)
         plan.output_lens.append(1)
-        if new > 1:
+        if scored and new > 1:
             plan.prompt_targets[row] = [0] * (new - 1)
     return plan

@@ -50,7 +50,7 @@ class Recorder:
         self._stream: Any = None
 
     def record(self, forward: Forward, example: StepInput) -> Forward:
-        """`forward` of `example`'s tensors as a graph. Its results are overwritten by the next graph that runs."""
+        """`forward` of `example`'s tensors as a graph. Its result is overwritten by the next graph that runs."""
         if self._stream is None:
             self._stream = _cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -59,14 +59,14 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            logits, hidden = forward(example)
+            logits = forward(example)
         self._pool = graph.pool()
-        outputs = _alias(logits), _alias(hidden)
+        output = _alias(logits)
 
-        def replay(step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+        def replay(step: StepInput) -> torch.Tensor:
             assert step.numbers is example.numbers, "a graph reads the tensors that it was recorded with"
             graph.replay()
-            return outputs
+            return output
 
         return replay
 

@@ -105,6 +105,7 @@ class CudaOps(TritonOps):
         norms: HeadNorms | None,
         scale: float,
         sliding_window: int | None,
+        last_only: bool = False,
     ) -> torch.Tensor:
         assert isinstance(plan, TritonAttentionPlan)
         tokens = qkv.shape[0]
@@ -131,6 +132,7 @@ class CudaOps(TritonOps):
             norms=norms,
             scale=scale,
             sliding_window=sliding_window,
+            last_only=last_only,
         )
 
     def attend_shared(

@@ -69,8 +69,11 @@ class TritonOps(ReferenceOps):
         norms: HeadNorms | None,
         scale: float,
         sliding_window: int | None,
+        last_only: bool = False,
     ) -> torch.Tensor:
+        assert isinstance(plan, TritonAttentionPlan)
         q = self.rope_write_kv(*split_heads(qkv, shape), cos, sin, k_pool, v_pool, plan, norms)
+        plan = plan.of_last_tokens() if last_only else plan
         return self.attention(q, k_pool, v_pool, plan, scale=scale, sliding_window=sliding_window).flatten(1)
 
     def rope_write_kv(

@@ -32,6 +32,9 @@ _SPARE_TILES = 4
 
 _ANY_TILES = 1 << 30
 
+_LAST_SPLITS = 8
+"""Programs that share a row of which the last token alone is wanted: once a step, where rows may be many or few."""
+
 Ints: TypeAlias = npt.NDArray[np.int32]
 _NO_PAGES: Ints = np.empty(0, np.int32)
 
@@ -53,11 +56,30 @@ class TritonAttentionPlan:
     """[rows]"""
     query_starts: torch.Tensor
     """[rows]: the row's first new token. The tables' rows need not have the step's order."""
+    last_tokens: torch.Tensor
+    """[rows]: the row's last new token."""
     tiles: torch.Tensor
     """[tiles, 2]: row and first new token of each prefill tile; row -1 is no work."""
     decode_splits: int
     shared: SharedKeys | None = None
     """None: no rows of this step read keys together."""
+
+    def of_last_tokens(self) -> TritonAttentionPlan:
+        """For attention of each row's last new token alone. Where rows read keys together it is all of them, still."""
+        if not self.tiles.shape[0] or self.shared is not None:
+            return self
+        return TritonAttentionPlan(
+            layout=self.layout,
+            cache_slots=self.cache_slots,
+            page_table=self.page_table,
+            kv_lens=self.kv_lens,
+            decode_lens=self.kv_lens,
+            query_lens=self.query_lens,
+            query_starts=self.last_tokens,
+            last_tokens=self.last_tokens,
+            tiles=self.tiles[:0],
+            decode_splits=_LAST_SPLITS,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +94,11 @@ class _Sizes:
     """Tokens of a tile of those."""
 
     def lengths(self) -> tuple[int, ...]:
-        """Of the buffer's parts: slots, KV lengths, decode lengths, query lengths, query starts, tiles; of `SharedKeys`
-        lengths, starts, tokens, tiles and splits; page table.
+        """Of the buffer's parts: slots, KV lengths, decode lengths, query lengths, query starts, last tokens, tiles; of
+        `SharedKeys` lengths, starts, tokens, tiles and splits; page table.
         """
         rows, shared = self.rows, self.shared_tiles
-        own = (self.tokens, rows, self.decode_rows, rows, rows, 2 * self.tiles)
+        own = (self.tokens, rows, self.decode_rows, rows, rows, rows, 2 * self.tiles)
         return (*own, rows, rows, shared * self.per_shared, 2 * shared, 1, rows * self.table_pages)
 
     def starts(self) -> list[int]:
@@ -296,7 +318,7 @@ def _fill(
 ) -> None:
     """Write every number that a kernel reads into `buffer`, whose contents may be anything. `pages` are the plan's."""
     starts = sizes.starts()
-    slots, kv_lens, decode_lens, query_lens, query_starts, tile_list, *shared, table = (
+    slots, kv_lens, decode_lens, query_lens, query_starts, last_tokens, tile_list, *shared, table = (
         buffer[start:end] for start, end in pairwise(starts)
     )
     query_lens[: sizes.rows] = np.fromiter((plan.query_lens[row] for row in order), np.int32, sizes.rows)
@@ -315,6 +337,7 @@ def _fill(
         else:
             at = np.arange(kv_len - query_len, kv_len)
             slots[token : token + query_len] = pages_of_row[place, at // page_size] * page_size + at % page_size
+    last_tokens[: sizes.rows] = np.maximum(query_starts[: sizes.rows] + query_lens[: sizes.rows] - 1, 0)
     _fill_shared(shared, sizes, plan, order, groups, first_tokens)
     shared[-1][:1] = shared_splits
     tile_list[: 2 * sizes.tiles : 2] = -1
@@ -363,7 +386,8 @@ def _views(
 ) -> TritonAttentionPlan:
     """Without `programs` for it nothing is read together."""
     parts = [buffer[start : start + length] for start, length in zip(starts, sizes.lengths(), strict=False)]
-    slots, kv_lens, decode_lens, query_lens, query_starts, tiles, lens, places, tokens, together, split, table = parts
+    slots, kv_lens, decode_lens, query_lens, query_starts, last_tokens, tiles, *more, table = parts
+    lens, places, tokens, together, split = more
     shared = None
     if programs:
         shared = SharedKeys(tokens, together.view(-1, 2), places, lens, split, programs, most_splits, groups)
@@ -375,6 +399,7 @@ def _views(
         decode_lens=decode_lens,
         query_lens=query_lens,
         query_starts=query_starts,
+        last_tokens=last_tokens,
         tiles=tiles.view(sizes.tiles, 2),
         decode_splits=splits,
         shared=shared,

@@ -24,13 +24,20 @@ def compile_attention(
     with compiling():
         for plan in largest_plans(limits, layout.page_size):
             planned = triton_plan(plan, shape, layout, device=torch.device("cpu"), cores=cores, tuning=tuning)
-            start_attention(planned, plan.num_tokens, shape, layout, tuning)
+            for last_only in (False, True):
+                start_attention(planned, plan.num_tokens, shape, layout, tuning, last_only=last_only)
         if states:
             start_states(shape, layout, tuning)
 
 
 def start_attention(
-    plan: TritonAttentionPlan, tokens: int, shape: AttentionShape, layout: KVLayout, tuning: Tuning
+    plan: TritonAttentionPlan,
+    tokens: int,
+    shape: AttentionShape,
+    layout: KVLayout,
+    tuning: Tuning,
+    *,
+    last_only: bool = False,
 ) -> None:
     """All between the projections of one layer, on tensors that hold nothing."""
     heads = shape.num_heads + 2 * shape.num_kv_heads
@@ -38,7 +45,11 @@ def start_attention(
     angles = torch.empty((tokens, shape.head_dim // 2), dtype=torch.float32, device=_META)
     pool = _pool(shape, layout)
     TritonOps(tuning).rope_attention(
-        qkv, angles, angles, pool, pool, plan, shape, norms=None, scale=1.0, sliding_window=None
+        *(qkv, angles, angles, pool, pool, plan, shape),
+        norms=None,
+        scale=1.0,
+        sliding_window=None,
+        last_only=last_only,
     )
 
 

@@ -40,8 +40,12 @@ class Attention:
         keys: torch.Tensor,
         values: torch.Tensor,
         plan: AttentionPlan,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [T, hidden], which may be overwritten; `keys` and `values` are this layer's pools."""
+        """x [T, hidden], which may be overwritten; `keys` and `values` are this layer's pools, which get all tokens'.
+
+        `wanted`: flat indices of tokens, each its row's last; only these are returned, in that order.
+        """
         attended = self._ops.rope_attention(
             self._qkv.normed(x, self._norm),
             cos,
@@ -53,5 +57,8 @@ class Attention:
             norms=self._head_norms,
             scale=self._scale,
             sliding_window=self._window,
+            last_only=wanted is not None,
         )
+        if wanted is not None:
+            attended, x = attended.index_select(0, wanted), x.index_select(0, wanted)
         return self._out.add(attended, x)

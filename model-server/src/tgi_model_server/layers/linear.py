@@ -37,6 +37,8 @@ class RowParallelLinear:
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual + linear(x); may overwrite `residual`."""
+        if not x.shape[0]:
+            return residual  # nobody exchanges nothing
         if self._group.world_size == 1:
             return self._ops.linear_add(x, self._weight, self._bias, residual)
         return self._group.all_reduce_add(self._ops.linear(x, self._weight, self._bias), residual)

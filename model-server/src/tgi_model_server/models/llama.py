@@ -47,11 +47,12 @@ class Llama:
         self._head = Head(ops, norm, head, config.vocab_size, group)
 
     def forward(self, step: StepInput, kv: PagePool) -> torch.Tensor:
-        """The residual stream of all new tokens, [T, hidden]; their keys and values go into `kv`."""
+        """As `registry.Model`. The last layer stores all tokens' keys and values, and goes on with the wanted alone."""
         cos, sin = self._rope.at(step.positions)
         x = self._embed(step.input_ids)
         for layer, keys, values in zip(self._layers, kv.keys, kv.values, strict=True):
-            x = layer.attention(x, cos, sin, keys, values, step.attention)
+            wanted = step.wanted if layer is self._layers[-1] else None
+            x = layer.attention(x, cos, sin, keys, values, step.attention, wanted)
             x = layer.mlp(x)
         return x
 

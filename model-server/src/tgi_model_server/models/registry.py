@@ -20,7 +20,9 @@ class Model(Protocol):
     """A decoder with its weights on one rank."""
 
     def forward(self, step: StepInput, kv: PagePool) -> torch.Tensor:
-        """The residual stream of all new tokens, [T, hidden]; their keys and values go into `kv`."""
+        """The residual stream of the tokens that `step.wanted` names, [wanted, hidden]; the keys and values of all new
+        tokens go into `kv`.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

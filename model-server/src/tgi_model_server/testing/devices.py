@@ -92,7 +92,7 @@ class StaticDevice(ReferenceDevice):
     def capture(self, forward: Forward, example: StepInput, bucket: Bucket) -> Forward:
         forward(example)
 
-        def compiled(step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+        def compiled(step: StepInput) -> torch.Tensor:
             assert isinstance(step.attention, ReferencePlan)
             shapes = (step.input_ids.shape[0], step.positions.shape[0], len(step.attention.query_lens))
             if shapes != (bucket.num_tokens, bucket.num_tokens, bucket.num_rows):
