@@ -7,12 +7,17 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from launched import PROMPT, WAIT_S, Gateway, launched, serving, stream
 from servers import free_port, run_server
+
+from tgi_demo_model import model_path
+from tgi_gateway.prompt.tokenizer import Tokenizer
 
 
 def test_both_apis_answer_streamed_and_not(byte_model: Path) -> None:
@@ -36,6 +41,24 @@ def test_both_apis_answer_streamed_and_not(byte_model: Path) -> None:
         gateway.process.send_signal(signal.SIGINT)
         assert gateway.end() == 0
         assert gateway.left_behind() == []
+
+
+def test_workers_divide_a_long_text_among_them() -> None:
+    text = " ".join(f"word {n} of a long story" for n in range(4000))
+    wanted = Tokenizer.from_folder(model_path()).encode(text).ids
+    with serving(model_path(), "--http-workers", "3") as gateway:
+        deadline_s = time.monotonic() + WAIT_S
+        while len(list(gateway.folder.glob("tmp/*/text?"))) < 3:
+            assert time.monotonic() < deadline_s, "each worker has its socket"
+            time.sleep(0.05)
+        with ThreadPoolExecutor(6) as pool:
+            post = partial(httpx.post, f"{gateway.url}/tokenize", json={"inputs": text}, timeout=WAIT_S)
+            for answer in pool.map(lambda _: post(), range(12)):
+                assert [token["id"] for token in answer.json()] == list(wanted)
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.end() == 0
+        assert gateway.left_behind() == []
+        assert "ERROR" not in gateway.log
 
 
 def test_nothing_outlives_a_killed_launcher(byte_model: Path) -> None:

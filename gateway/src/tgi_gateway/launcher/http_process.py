@@ -23,6 +23,7 @@ from tgi_gateway.errors import Unhealthy
 from tgi_gateway.keys import Keys
 from tgi_gateway.launcher import child
 from tgi_gateway.prompt.chat_template import ChatTemplate
+from tgi_gateway.prompt.piece_shares import PieceShares
 from tgi_gateway.prompt.tokenizer import Tokenizer
 from tgi_gateway.telemetry.metrics import Metrics, RequestMetrics
 from tgi_gateway.telemetry.tracing import Tracing
@@ -97,7 +98,9 @@ async def main(assignment: child.Assignment, reporter: child.Reporter) -> None:
             keys.replace(order.keys)
 
     reporter.obey(obey)
-    tokenizer = Tokenizer.from_folder(folder, settings.tokenizer_config_path, settings.validation_workers)
+    workers = settings.http_workers or 1
+    shares = PieceShares(Path(assignment.runtime_folder), assignment.worker, workers) if workers > 1 else None
+    tokenizer = Tokenizer.from_folder(folder, settings.tokenizer_config_path, settings.validation_workers, shares)
     chat_template = ChatTemplate.from_folder(folder, settings.tokenizer_config_path)
     # However long the model takes: the launcher ends this process if the engine fails.
     await _until(Path(assignment.socket_path).is_socket)

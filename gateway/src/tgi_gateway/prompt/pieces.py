@@ -13,17 +13,20 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
 import tokenizers
 
+from tgi_gateway.prompt.piece_shares import PieceShares
 from tgi_gateway.types import TokenIds
 
 PIECE_CHARACTERS = 1024
 MOST_PIECES = 4096
 """Remembered ones; of 3 to 4 KB each."""
+FEWEST_SHARED = 16
+"""Unknown pieces of a text, about 5 ms of one thread's work, that are worth asking other processes."""
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _PROBES = (
     " a b ", "one two", "One Two", "ONE TWO a b", "it's a they'll Be can't Do", "1 a 12 b c 3 d", "a. b c, d (e f) g",
@@ -37,9 +40,15 @@ class Pieces:
     """Of one tokenizer; from any thread."""
 
     def __init__(
-        self, inner: tokenizers.Tokenizer, characters: int, most: int, around: tuple[list[int], list[int]]
+        self,
+        inner: tokenizers.Tokenizer,
+        characters: int,
+        most: int,
+        around: tuple[list[int], list[int]],
+        shares: PieceShares | None = None,
     ) -> None:
         """Made by `of`. `around`: special tokens before and behind a text."""
+        self._shares = shares
         self._inner = inner
         self._around = around
         self._characters = characters
@@ -50,11 +59,15 @@ class Pieces:
 
     @classmethod
     def of(
-        cls, inner: tokenizers.Tokenizer, characters: int = PIECE_CHARACTERS, most: int = MOST_PIECES
+        cls,
+        inner: tokenizers.Tokenizer,
+        characters: int = PIECE_CHARACTERS,
+        most: int = MOST_PIECES,
+        shares: PieceShares | None = None,
     ) -> Self | None:
-        """None if this tokenizer may see across such a space."""
+        """None if this tokenizer may see across such a space. `shares`: other processes with the same tokenizer."""
         around = _added_around(inner) if _cuts_at_spaces(inner) else None
-        return None if around is None else cls(inner, characters, most, around)
+        return None if around is None else cls(inner, characters, most, around, shares)
 
     def worth(self, text: str) -> bool:
         """Whether `text` is long enough to be cut."""
@@ -66,10 +79,22 @@ class Pieces:
             text.encode()
         except UnicodeEncodeError as error:  # before it can fail the pieces that others wait for
             raise TypeError(str(error)) from None
+        before, behind = self._around if add_special_tokens else ([], [])
+        joined = TokenIds(before)
+        for each in self._ids(self.cut(text), self._shares):
+            joined += each
+        joined.fromlist(behind)
+        return joined
+
+    def ids(self, pieces: Iterable[str]) -> list[array[int]]:
+        """Of pieces that another process has cut, int32; encoded here, if not known. Raises TypeError as `encode`."""
+        return self._ids(pieces, None)
+
+    def _ids(self, pieces: Iterable[str], shares: PieceShares | None) -> list[array[int]]:
         mine: dict[str, Future[array[int]]] = {}
         wanted: list[Future[array[int]]] = []
         with self._lock:
-            for piece in self.cut(text):
+            for piece in pieces:
                 ids = self._known.get(piece) or mine.get(piece)
                 if ids is None:
                     ids = mine[piece] = Future()
@@ -80,28 +105,37 @@ class Pieces:
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
         if mine:
-            self._encode(mine)
-        before, behind = self._around if add_special_tokens else ([], [])
-        joined = TokenIds(before)
-        for each in wanted:
-            joined += each.result()
-        joined.fromlist(behind)
-        return joined
+            self._encode(mine, shares if len(mine) >= FEWEST_SHARED else None)
+        return [each.result() for each in wanted]
 
-    def _encode(self, new: Mapping[str, Future[array[int]]]) -> None:
-        """Fill in the ids of pieces that nobody else encodes."""
+    def _encode(self, new: Mapping[str, Future[array[int]]], shares: PieceShares | None) -> None:
+        """Fill in the ids of pieces that nobody else here encodes."""
+        own, asked = (list(new), []) if shares is None else shares.ask(new)
         try:
-            encodings = self._inner.encode_batch_fast(list(new), add_special_tokens=False)
+            self._fill(new, own)
+            for each in asked:
+                told = each.wait()
+                if told is None:
+                    self._fill(new, each.pieces)
+                else:
+                    for piece, known in zip(each.pieces, told, strict=True):
+                        new[piece].set_result(known)
         except BaseException as error:
+            for each in asked:
+                each.drop()
+            missing = {piece: ids for piece, ids in new.items() if not ids.done()}
             with self._lock:
-                for piece, ids in new.items():
+                for piece, ids in missing.items():
                     if self._known.get(piece) is ids:
                         del self._known[piece]
-            for ids in new.values():
+            for ids in missing.values():
                 ids.set_exception(error)
             raise
-        for ids, encoding in zip(new.values(), encodings, strict=True):
-            ids.set_result(array("i", encoding.ids))
+
+    def _fill(self, new: Mapping[str, Future[array[int]]], pieces: Sequence[str]) -> None:
+        encodings = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            new[piece].set_result(array("i", encoding.ids))
 
     def cut(self, text: str) -> Iterator[str]:
         """Pieces of `characters` or a word more; the last is what is left, and so changes with the text."""

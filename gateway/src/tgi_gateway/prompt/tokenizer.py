@@ -17,6 +17,7 @@ import tokenizers
 from tgi_gateway.api.generation import TextDecoder
 from tgi_gateway.errors import ModelError
 from tgi_gateway.prompt.detokenizer import Table, build_table, make_decoder
+from tgi_gateway.prompt.piece_shares import PieceShares
 from tgi_gateway.prompt.pieces import Pieces
 
 INLINE_CHARACTERS = 400
@@ -56,13 +57,21 @@ class Tokenizer:
     """Shared by all requests of a process; every method may be called from any thread."""
 
     def __init__(
-        self, inner: tokenizers.Tokenizer, config: Mapping[str, Any], generation: Mapping[str, Any], workers: int
+        self,
+        inner: tokenizers.Tokenizer,
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any],
+        workers: int,
+        shares: PieceShares | None = None,
     ) -> None:
         inner.no_truncation()
         inner.no_padding()
         _declare_special_tokens(inner, config)
         self._inner = inner
-        self._pieces = Pieces.of(inner)
+        self._shares = shares
+        self._pieces = Pieces.of(inner, shares=shares)
+        if self._pieces is not None and shares is not None:
+            shares.serve(self._pieces.ids)
         self._pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="tokenizer")
         self.config = config
         """tokenizer_config.json as it is."""
@@ -94,8 +103,17 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path | str, tokenizer_config_path: Path | str | None = None, workers: int = 2) -> Self:
-        """Read tokenizer.json and its companions. Raises `ModelError` naming the file and the next step."""
+    def from_folder(
+        cls,
+        folder: Path | str,
+        tokenizer_config_path: Path | str | None = None,
+        workers: int = 2,
+        shares: PieceShares | None = None,
+    ) -> Self:
+        """Read tokenizer.json and its companions. Raises `ModelError` naming the file and the next step.
+
+        `workers`: threads. `shares`: processes that long texts are divided among; raises `OSError` if it cannot serve.
+        """
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -113,7 +131,7 @@ class Tokenizer:
             if not Path(tokenizer_config_path).is_file():
                 raise ModelError(f"--tokenizer-config-path: {tokenizer_config_path} does not exist.")
             config.update(read_json(Path(tokenizer_config_path)))
-        return cls(inner, config, read_json(folder / "generation_config.json"), workers)
+        return cls(inner, config, read_json(folder / "generation_config.json"), workers, shares)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         try:
@@ -171,6 +189,8 @@ class Tokenizer:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._shares is not None:
+            self._shares.close()
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
