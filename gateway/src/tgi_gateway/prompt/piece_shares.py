@@ -27,6 +27,7 @@ WAIT_PER_PIECE_S = 0.005
 REST_S = 5.0
 """For so long a worker that did not answer is not asked again."""
 _BACKLOG = 64
+_AGAIN_S = 0.1
 _LENGTH_BYTES = 4
 
 Encode: TypeAlias = "Callable[[Sequence[str]], list[array[int]]]"
@@ -157,7 +158,10 @@ def _accept(listening: socket.socket, encode: Encode) -> None:
         try:
             connection, _ = listening.accept()
         except OSError:
-            return  # closed
+            if listening.fileno() < 0:
+                return  # closed
+            time.sleep(_AGAIN_S)  # out of file descriptors, say
+            continue
         threading.Thread(target=_answer, args=(connection, encode), name="piece-share", daemon=True).start()
 
 
