@@ -75,9 +75,9 @@ class _Bytes:
     """Device memory, told to torch by its address."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.__cuda_array_interface__ = {
-            "shape": (size,),
+            "shape": ((last + 1) * tensor.element_size(),),
             "typestr": "|u1",
             "data": (tensor.data_ptr(), False),
             "version": 3,
@@ -85,7 +85,8 @@ class _Bytes:
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without owning its memory: the pool may give it to the next recording, whose graph runs later."""
-    assert tensor.is_contiguous()
+    """`tensor`, which may be a view of a wider one, without owning its memory: the pool may give it to the next
+    recording, whose graph runs later.
+    """
     flat = torch.as_tensor(_Bytes(tensor), device=tensor.device)
-    return flat.view(tensor.dtype).view(tensor.shape)
+    return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
