@@ -254,6 +254,35 @@ class AddsToOtherBits(_OfRanks):
             return super().all_reduce(x) * (1 + self.rank * 1e-6)
 
 
+class KeepsItsOwnProduct(_WithOps, _OfRanks):
+    """Where the sum is normed next."""
+
+    class OPS(ReferenceOps):
+        def linear_reduce(
+            self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *more: Any, normed_next: bool
+        ) -> torch.Tensor:
+            total = super().linear_reduce(x, weight, bias, *more, normed_next=normed_next)
+            return more[0] + self.linear(x, weight, bias) if normed_next else total
+
+
+class LeavesTheSumUnfinished(_WithOps, _OfRanks):
+    """What norms it has it right; what it leaves for later is the sum without the residual."""
+
+    class OPS(ReferenceOps):
+        finished: torch.Tensor | None = None
+
+        def linear_reduce(
+            self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *more: Any, normed_next: bool
+        ) -> torch.Tensor:
+            total = super().linear_reduce(x, weight, bias, *more, normed_next=normed_next)
+            self.finished = total if normed_next else None
+            return total - more[0] if normed_next else total
+
+        def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            finished, self.finished = self.finished, None
+            return super().rms_norm(x if finished is None else finished, weight, eps)
+
+
 class GathersBackwards(_OfRanks):
     class GROUP(WrappedGroup):
         def all_gather(self, x: torch.Tensor) -> torch.Tensor:

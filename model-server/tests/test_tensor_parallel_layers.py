@@ -17,6 +17,7 @@ from tgi_model_server.models.config import load_config
 from tgi_model_server.models.registry import build_model
 from tgi_model_server.parallel import ALONE, Group, Shard, WrappedGroup
 from tgi_model_server.plan import StepPlan
+from tgi_model_server.reference import ReferenceOps
 from tgi_model_server.sizing import attention_shape
 from tgi_model_server.step import StepInput
 from tgi_model_server.testing.devices import ReferenceDevice
@@ -38,9 +39,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def logits(folder: Path, group: Group) -> torch.Tensor:
+class DeferringOps(ReferenceOps):
+    """Takes the promise at its word: a sum that is normed next is not there before."""
+
+    def __init__(self) -> None:
+        self.left: tuple[torch.Tensor, torch.Tensor] | None = None
+        """What is to be filled in, and with what."""
+        self.promised = self.others = 0
+
+    def linear_reduce(self, *given: Any, normed_next: bool) -> torch.Tensor:
+        total = super().linear_reduce(*given, normed_next=normed_next)
+        if not normed_next:
+            self.others += 1
+            return total
+        self.promised += 1
+        self.left = torch.full_like(total, float("nan")), total.clone()
+        return self.left[0]
+
+    def linear(self, x: torch.Tensor, *more: Any) -> torch.Tensor:
+        assert self.left is None, "not normed next"
+        return super().linear(x, *more)
+
+    def rms_norm(self, x: torch.Tensor, *more: Any) -> torch.Tensor:
+        if self.left is not None:
+            assert x is self.left[0], "another tensor is normed next"
+            x.copy_(self.left[1])
+            self.left = None
+        return super().rms_norm(x, *more)
+
+
+def logits(folder: Path, group: Group, ops: ReferenceOps | None = None) -> torch.Tensor:
     """float32 [tokens, vocabulary] of two prompts, one of them in two chunks."""
     device, config = ReferenceDevice(), load_config(folder)
+    if ops is not None:
+        device.ops = ops
     shape = attention_shape(config, group.shard, torch.float32)
     weights = CheckpointWeights(folder, dtype=torch.float32, device=CPU, shard=group.shard)
     model = build_model(config, shape, weights, device.ops, device=CPU, max_positions=64, group=group)
@@ -76,6 +108,20 @@ def test_split_models_give_the_logits_of_the_whole_one(name: str, ranks: int, tm
     parts = on_ranks(ranks, lambda group: logits(folder, group))
     assert all(torch.equal(part, parts[0]) for part in parts), "ranks must agree to the bit"
     assert float((parts[0] - whole).abs().max() / whole.abs().max()) < 1e-4
+
+
+def test_what_is_promised_to_be_normed_next_is(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, {**SMALL, **GROUPED})
+
+    def deferred(group: Group) -> tuple[torch.Tensor, DeferringOps]:
+        ops = DeferringOps()
+        return logits(folder, group, ops), ops
+
+    wanted = on_ranks(2, lambda group: logits(folder, group))
+    sums = 2 * SMALL["num_hidden_layers"]
+    for (found, ops), whole in zip(on_ranks(2, deferred), wanted, strict=True):
+        assert torch.equal(found, whole)
+        assert ops.promised >= ops.others * (sums - 1) > 0, "all but each step's last sum"
 
 
 def test_a_split_that_the_model_does_not_allow_is_refused_with_those_that_it_allows(tmp_path: Path) -> None:

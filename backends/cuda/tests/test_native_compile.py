@@ -13,7 +13,7 @@ import torch
 
 from tgi_backend_cuda.native.compile import Kernel, build
 from tgi_backend_cuda.native.linear import Epilogue
-from tgi_backend_cuda.native.ops import NativeOps
+from tgi_backend_cuda.native.ops import SENT_TOKENS, WIDE_EPILOGUES, NativeOps
 from tgi_backend_cuda.native.tensor_map import TensorMap, Tiling
 from tgi_backend_cuda.native.wide import WIDTHS
 from tgi_gateway.errors import StartError
@@ -44,10 +44,13 @@ class Nowhere:
 
 
 def delivered(
-    tokens: list[int], shared_kib: int = 227, dtype: torch.dtype = BF16, *, hopper: bool = True
+    tokens: list[int], shared_kib: int = 227, dtype: torch.dtype = BF16, *, hopper: bool = True, world_size: int = 1
 ) -> list[Kernel]:
     ops = NativeOps(Nowhere(shared_kib, hopper=hopper))
-    return [*ops.kernels(dtype, tokens, 4096), ops.attention_kernel(tokens[0], 32, 8, 128, 16, dtype, normed=False)]
+    return [
+        *ops.kernels(dtype, tokens, 4096, world_size),
+        ops.attention_kernel(tokens[0], 32, 8, 128, 16, dtype, normed=False),
+    ]
 
 
 def disassemble(code: bytes, folder: Path) -> str:
@@ -84,11 +87,28 @@ def test_code_for_hopper_copies_16_bytes_at_a_time_and_keeps_descriptors_whole(t
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the disassembler comes with Triton")
+def test_products_that_send_wait_before_the_next_may_start_and_those_that_receive_poll_past_every_cache(
+    tmp_path: Path,
+) -> None:
+    kernels = [kernel for kernel in delivered([1, 2], world_size=2) if dict(kernel.constants).get("WORLD", 1) > 1]
+    assert len(kernels) == 4 * len(SENT_TOKENS)
+    for kernel in kernels:
+        code = disassemble(build(kernel, "sm_90a", tmp_path), tmp_path)
+        waits, next_starts = code.index("ACQBULK"), code.index("PREEXIT")
+        if dict(kernel.constants)["EPILOGUE"] == Epilogue.SEND:
+            assert waits < next_starts, kernel
+            assert "STG.E.U16.STRONG.SYS" in code, kernel
+        else:
+            assert next_starts < waits < code.index("LDG.E.128.STRONG.SYS"), kernel
+        assert not re.search(r"\b(?:STL|LDL)\b", code), f"{kernel} keeps registers in memory"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the disassembler comes with Triton")
 def test_products_of_many_rows_copy_by_the_engine_and_multiply_by_four_warps_at_once(tmp_path: Path) -> None:
     kernels = [kernel for kernel in delivered(list(WIDTHS)) if kernel.name == "wide"]
-    assert len(kernels) == len(WIDTHS) * len(Epilogue)
+    assert len(kernels) == len(WIDTHS) * len(WIDE_EPILOGUES)
     # Of each number of rows one, of each epilogue at least one.
-    for kernel in kernels[:: len(Epilogue) + 1]:
+    for kernel in kernels[:: len(WIDE_EPILOGUES) + 1]:
         code = disassemble(build(kernel, "sm_90a", tmp_path), tmp_path)
         width = dict(kernel.constants)["N"]
         assert f"HGMMA.64x{width}x16" in code, kernel
@@ -108,5 +128,5 @@ def test_a_kernel_is_compiled_once_for_a_chip(tmp_path: Path) -> None:
 
 def test_an_error_of_the_compiler_is_told_in_its_own_words(tmp_path: Path) -> None:
     broken = Kernel("linear", (("BF16", 1), ("WARPS", 16)))
-    with pytest.raises(StartError, match=r'linear \(BF16=1, WARPS=16\) does not compile for sm_90a: .*"EPILOGUE"'):
+    with pytest.raises(StartError, match=r'linear \(BF16=1, WARPS=16\) does not compile for sm_90a: .*"TOKENS"'):
         build(broken, "sm_90a", tmp_path)

@@ -1,8 +1,8 @@
 """Several GPUs: are exchanges between them right, eagerly and in graphs, and how long do they take?
 
-    python backends/cuda/tests/two_gpus.py [--gpus 2] [--rounds 1000]
+    python backends/cuda/tests/two_gpus.py [--gpus 2] [--rounds 1000] [--sums]
 
-Needs nothing but torch, Triton and the project's packages on the path. Ends with 0 if everything was right.
+Needs nothing but torch, Triton, the project's packages and `support` on the path. Ends with 0 if everything was right.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sent_sums import SentSums
 
-from tgi_backend_cuda.collectives import CudaGroup, fast_group, set_environment
+from tgi_backend_cuda.collectives import CudaGroup
+from tgi_backend_cuda.device import CudaDevice
 from tgi_model_server.parallel import Group, Shard, TorchGroup
 from tgi_model_server.rank_task import open_store
 
@@ -37,13 +39,14 @@ class Rank:
     """One GPU's part of every check; all ranks do the same in the same order."""
 
     def __init__(self, shard: Shard, port: int, listen_fd: int | None) -> None:
-        set_environment()
+        chip = CudaDevice()
+        chip.join(shard)
         self.shard = shard
-        self.device = torch.device("cuda", shard.rank)
-        torch.cuda.set_device(self.device)
+        self.device = chip.torch_device
         self.nccl: Group = TorchGroup(shard, "nccl", open_store(port, shard.world_size, listen_fd), self.device)
         began_s = time.monotonic()
-        self.fast = fast_group(self.nccl, self.device)
+        self.fast = chip.collectives(self.nccl)
+        self.ops = chip.ops
         self.say(f"{type(self.fast).__name__} after {time.monotonic() - began_s:.2f} s")
 
     def say(self, text: str) -> None:
@@ -213,13 +216,21 @@ def torch_one_shot(device: torch.device) -> Callable[[torch.Tensor], object] | N
     return call
 
 
-def run_rank(rank: int, world: int, port: int, listen_fd: int | None, rounds: int) -> None:
+def run_rank(rank: int, world: int, port: int, listen_fd: int | None, rounds: int, only_sums: bool) -> None:
     with torch.inference_mode():
         one = Rank(Shard(rank, world), port, listen_fd)
-        one.check_eager()
-        one.check_graphs(rounds)
-        one.time_all()
-        one.check_abort()
+        if not only_sums:
+            one.check_eager()
+            one.check_graphs(rounds)
+            one.time_all()
+        if isinstance(one.fast, CudaGroup) and one.fast.inboxes is not None:
+            sums = SentSums(one.fast, one.ops, one.device, record, one.say)
+            sums.check()
+            sums.time()
+            if only_sums:
+                sums.check_abort()
+        if not only_sums:
+            one.check_abort()
     one.say("\nall right")
 
 
@@ -227,13 +238,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--sums", action="store_true", help="only the sums that products send themselves")
     parser.add_argument("--timeout", type=float, default=400.0, help="seconds for everything")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--listen-fd", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
-        run_rank(given.rank, given.gpus, given.port, given.listen_fd, given.rounds)
+        run_rank(given.rank, given.gpus, given.port, given.listen_fd, given.rounds, given.sums)
         return 0
     found = torch.cuda.device_count()
     if found < given.gpus:
@@ -241,6 +253,7 @@ def main() -> int:
         return 2
     listener = socket.create_server(("127.0.0.1", 0))
     shared = ["--gpus", str(given.gpus), "--rounds", str(given.rounds), "--port", str(listener.getsockname()[1])]
+    shared += ["--sums"] if given.sums else []
     started = []
     for rank in range(given.gpus):
         own = ["--rank", str(rank), *(["--listen-fd", str(listener.fileno())] if rank == 0 else [])]

@@ -21,15 +21,18 @@ from typing import Any
 
 import torch
 
-from tgi_contract_tests.device_model import ToyModel, plan_of, shape_of
+from tgi_contract_tests.device_model import ToyModel, on, plan_of, shape_of
 from tgi_gateway.errors import StartError
 from tgi_model_server.buckets import pad_plan
-from tgi_model_server.device import Bucket, Device, StepLimits
+from tgi_model_server.device import Bucket, Device, Norm, StepLimits
 from tgi_model_server.parallel import Group, Shard
 from tgi_model_server.rank_task import connect, name_of, open_store
+from tgi_model_server.reference import ReferenceOps
 from tgi_model_server.step import StepInput
 
 SIZES = ((1, 7), (33, 96), (5, 1), (64, 1024))
+TOKENS = (1, 2, 7)
+REFERENCE = ReferenceOps()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +139,7 @@ class Rank:
                 found = self.group.all_reduce(self.own(parts))
                 wanted = torch.stack([part.float() for part in parts]).sum(0)
                 self.close(found, wanted, dtype, f"the sum of {dtype} [{rows}, {columns}]")
-                bits = zlib.crc32(found.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-                least, most = self.group.minimum(bits), -self.group.minimum(-bits)  # both, on every rank
-                same = least == bits == most
-                self.demand(same, f"the sum of {dtype} [{rows}, {columns}] has other bits on other ranks")
+                self.same_bits(found, f"the sum of {dtype} [{rows}, {columns}]")
 
     def all_gather(self) -> None:
         for dtype in self.tolerances:
@@ -163,6 +163,42 @@ class Rank:
         for least in (0, 7, 1 << 40):
             found = self.group.minimum(least + self.group.rank)
             self.demand(found == least, f"the least of {least} and more was {found}")
+
+    def linear_reduce(self) -> None:
+        """Also left to the operation that norms it next: that one, and what it fills in, are as if it had not been."""
+        ops, rank = self.device.ops, self.group.rank
+        for dtype in self.tolerances:
+            norm, after = _random(dtype, 1, 96, 1)[0], _random(dtype, 80, 96, 2)
+            theirs, packed = Norm(on(self.device, norm), 1e-5), ops.pack_linear(on(self.device, after))
+            ours, wide = Norm(norm.float(), 1e-5), after.float()
+            for tokens in TOKENS:
+                xs = [_random(dtype, tokens, 64, 10 + at) for at in range(self.group.world_size)]
+                weights = [_random(dtype, 96, 64, 40 + at) / 8 for at in range(self.group.world_size)]
+                bias, residual = _random(dtype, 1, 96, 3)[0], _random(dtype, tokens, 96, 4)
+                wanted = residual.float() + bias.float()
+                for one, weight in zip(xs, weights, strict=True):
+                    wanted += REFERENCE.linear(one.float(), weight.float(), None)
+                weight, added = (
+                    ops.pack_linear(on(self.device, weights[rank])),
+                    on(self.device, bias) if not rank else None,
+                )
+
+                def reduce(normed_next: bool, weight: Any = weight, added: Any = added) -> torch.Tensor:
+                    x, old = on(self.device, xs[rank]), on(self.device, residual)  # noqa: B023 - called at once
+                    return ops.linear_reduce(x, weight, added, old, self.group, normed_next=normed_next)
+
+                what = f"linear_reduce of {dtype} [{tokens}, 96]"
+                plain = reduce(False)
+                self.close(plain, wanted, dtype, what)
+                self.same_bits(plain, what)
+                for name in ("norm_linear", "norm_gated", "logits"):
+                    arguments = (theirs, packed) if name == "logits" else (theirs, packed, None)
+                    given = (ours, wide) if name == "logits" else (ours, wide, None)
+                    total = reduce(True)
+                    found = getattr(ops, name)(total, *arguments)
+                    self.close(found, getattr(REFERENCE, name)(wanted, *given), dtype, f"{name} after {what}")
+                    self.close(total, wanted, dtype, f"what {name} leaves of {what}")
+                    self.same_bits(total, f"what {name} leaves of {what}")
 
     def order(self) -> None:
         """Many exchanges right behind each other, none of which waits."""
@@ -198,8 +234,13 @@ class Rank:
                     found = captured(model.refill(step, plan, bucket))
                     self.close(found[:1], wanted[:1].float(), dtype, f"the captured step of {bucket}")
 
+    def same_bits(self, found: torch.Tensor, what: str) -> None:
+        bits = zlib.crc32(found.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        least, most = self.group.minimum(bits), -self.group.minimum(-bits)  # both, on every rank
+        self.demand(least == bits == most, f"{what} has other bits on other ranks")
+
     def own(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return parts[self.group.rank].to(self.device.torch_device, copy=True)
+        return on(self.device, parts[self.group.rank])
 
     def close(self, found: torch.Tensor, wanted: torch.Tensor, dtype: str, what: str) -> None:
         if found.shape != wanted.shape:
@@ -212,7 +253,15 @@ class Rank:
 
 CHECKS: Mapping[str, Callable[[Rank], None]] = {
     check.__name__: check
-    for check in (Rank.minimum, Rank.broadcast, Rank.all_reduce, Rank.all_gather, Rank.order, Rank.capture)
+    for check in (
+        Rank.minimum,
+        Rank.broadcast,
+        Rank.all_reduce,
+        Rank.all_gather,
+        Rank.linear_reduce,
+        Rank.order,
+        Rank.capture,
+    )
 }
 
 

@@ -103,8 +103,9 @@ class Ops(Protocol):
     which are views into the stacked projection: only their last dimension is.
 
     A device subclasses `reference.ReferenceOps` and overrides what it does faster. The model calls the whole pieces
-    (`norm_linear`, `linear_add`, `norm_gated`, `rope_attention`, `logits`), which the reference makes of the single
-    ones: a device may speed up either. Every override is tested against the reference in float32 by DeviceContract.
+    (`norm_linear`, `linear_add`, `linear_reduce`, `norm_gated`, `rope_attention`, `logits`), which the reference makes
+    of the single ones: a device may speed up either. Every override is tested against the reference in float32 by
+    DeviceContract.
     """
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
@@ -119,6 +120,24 @@ class Ops(Protocol):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> torch.Tensor:
         """residual [T, out] + linear(x). May overwrite `residual`."""
+        ...
+
+    def linear_reduce(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        group: Group,
+        *,
+        normed_next: bool,
+    ) -> torch.Tensor:
+        """residual [T, out] plus the sum of linear(x) of all ranks of `group`, the same bits on all; by
+        `Group.all_reduce_add`, where nothing is faster. May overwrite `residual`.
+
+        `normed_next` is the caller's promise that the next operation is `norm_linear`, `norm_gated` or `logits` of just
+        this result: a device may leave the sum to that one, which fills the result in.
+        """
         ...
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

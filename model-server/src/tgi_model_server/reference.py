@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tgi_model_server.device import AttentionShape, HeadNorms, KVLayout, Norm
 from tgi_model_server.kv.pool import to_kept
+from tgi_model_server.parallel import Group
 from tgi_model_server.plan import StepPlan
 from tgi_model_server.step import AttentionPlan
 
@@ -48,6 +49,18 @@ class ReferenceOps:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> torch.Tensor:
         return residual + self.linear(x, weight, bias)
+
+    def linear_reduce(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        group: Group,
+        *,
+        normed_next: bool,  # noqa: ARG002
+    ) -> torch.Tensor:
+        return group.all_reduce_add(self.linear(x, weight, bias), residual)
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self.linear(self.rms_norm(x, norm.weight, norm.eps), weight, bias)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import _symmetric_memory as symmetric
 
 from tgi_backend_cuda.exchange import Exchange
+from tgi_backend_cuda.native.linear import MAX_WORLD, NOTHING_SENT, Inboxes
 from tgi_model_server.parallel import Group, Shard, WrappedGroup
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ ENVIRONMENT = {
 LONGEST_BYTES = 2 << 20
 """Of a message to one other rank; to several it is so much less. Beyond, NCCL's half traffic is worth its latency."""
 
+SUM_NUMBERS = 1 << 15
+"""Of a sum that products send themselves: 2 tokens of 16,384."""
+
 
 def set_environment() -> None:
     """In every rank's process, before it makes a communicator."""
@@ -33,10 +37,11 @@ def set_environment() -> None:
 
 
 class CudaGroup(WrappedGroup):
-    """Another group, its short exchanges through `Exchange`."""
+    """Another group, its short exchanges through `Exchange`; with `inboxes` products can send their sums themselves."""
 
-    def __init__(self, inner: Group, exchange: Exchange) -> None:
+    def __init__(self, inner: Group, exchange: Exchange, inboxes: Inboxes | None = None) -> None:
         super().__init__(inner)
+        self.inboxes = inboxes
         self._exchange = exchange
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,31 +69,45 @@ class CudaGroup(WrappedGroup):
 
 def fast_group(group: Group, device: torch.device) -> Group:
     """`group`, faster if all its GPUs reach each other's memory. All ranks call it together."""
-    exchange: Exchange | None = None
+    fast: Group | None = None
     try:
         if _all_reach_each_other(group.world_size):
-            exchange = open_exchange(group.shard, device)
+            fast = CudaGroup(group, *open_exchange(group.shard, device))
     except RuntimeError as error:
         log.warning("rank %d: no memory can be shared with the other GPUs (%s)", group.rank, error)
-    if group.minimum(int(exchange is not None)) and exchange is not None:
-        return CudaGroup(group, exchange)
+    if group.minimum(int(fast is not None)) and fast is not None:
+        return fast
     log.warning("GPUs do not reach each other's memory: every exchange goes through NCCL, which is slower")
     return group
 
 
-def open_exchange(shard: Shard, device: torch.device) -> Exchange:
+def open_exchange(shard: Shard, device: torch.device) -> tuple[Exchange, Inboxes | None]:
     """Inboxes for the ranks of torch's default group. Raises `RuntimeError` where memory cannot be shared."""
-    words = LONGEST_BYTES // 4 // max(shard.world_size - 1, 1)
-    inbox = symmetric.empty((2, shard.world_size, words), dtype=torch.int64, device=device)
-    inbox.zero_()
+    world = shard.world_size
+    words = LONGEST_BYTES // 4 // max(world - 1, 1) // 2 * 2
+    mine, behind = 2 * world * words, 3 * world * SUM_NUMBERS // 4
+    memory = symmetric.empty(mine + behind, dtype=torch.int64, device=device)
+    memory[:mine].zero_()
+    memory[mine:].view(torch.int16).fill_(NOTHING_SENT)
     torch.cuda.synchronize(device)
     assert dist.group.WORLD is not None
-    # Returns when every rank is here, so all are zero before the first message.
-    handle = symmetric.rendezvous(inbox, dist.group.WORLD)
-    everyone = [handle.get_buffer(rank, inbox.shape, inbox.dtype) for rank in range(shard.world_size)]
-    addresses = torch.tensor([each.data_ptr() for each in everyone], dtype=torch.int64).to(device)
+    # Returns when every rank is here, so all inboxes are empty before the first message.
+    handle = symmetric.rendezvous(memory, dist.group.WORLD)
+    everyone = [handle.get_buffer(rank, memory.shape, memory.dtype) for rank in range(world)]
+    addresses = [each.data_ptr() for each in everyone]
     early = torch.cuda.get_device_capability(device) >= (9, 0)
-    return Exchange(shard, inbox, addresses, early=early, owner=(handle, everyone))
+    exchange = Exchange(
+        shard,
+        memory[:mine].view(2, world, words),
+        torch.tensor(addresses, dtype=torch.int64).to(device),
+        early=early,
+        owner=(handle, everyone),
+    )
+    if not early or world > MAX_WORLD:
+        return exchange, None
+    state = torch.zeros(3, dtype=torch.int32, device=device)
+    sums = tuple(each + mine * memory.itemsize for each in addresses)
+    return exchange, Inboxes(sums, SUM_NUMBERS, shard.rank, state, exchange.stop)
 
 
 def _all_reach_each_other(count: int) -> bool:

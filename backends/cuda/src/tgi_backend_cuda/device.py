@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tgi_backend_cuda.checks import OLDEST
-from tgi_backend_cuda.collectives import fast_group, set_environment
+from tgi_backend_cuda.collectives import CudaGroup, fast_group, set_environment
 from tgi_backend_cuda.graphs import Recorder, graph_sizes, mixed_sizes
 from tgi_backend_cuda.native.launch import CudaLauncher
 from tgi_backend_cuda.native.ops import NativeOps
@@ -95,7 +95,10 @@ class CudaDevice:
         self._choose(shard.rank)
 
     def collectives(self, group: Group) -> Group:
-        return fast_group(group, self.torch_device)
+        fast = fast_group(group, self.torch_device)
+        if isinstance(fast, CudaGroup) and fast.inboxes is not None:
+            self.ops.world_size = fast.world_size
+        return fast
 
     def default_dtype(self, checkpoint_dtype: torch.dtype, num_parameters: int) -> torch.dtype:  # noqa: ARG002
         """The checkpoint's, where it is one of 16 bits; else bfloat16, which holds every float32's range."""

@@ -201,7 +201,8 @@ class Exchange:
         self._addresses = addresses
         self._capacity = inbox.shape[2]
         self._counts = torch.zeros(PROGRAMS, dtype=torch.int32, device=inbox.device)
-        self._stop = torch.zeros(1, dtype=torch.int32, device=inbox.device)
+        self.stop = torch.zeros(1, dtype=torch.int32, device=inbox.device)
+        """Not 0 once nobody may wait any more."""
         self._abort_stream: Any = None
         if inbox.is_cuda:
             self._one = torch.ones(1, dtype=torch.int32).pin_memory()
@@ -235,11 +236,11 @@ class Exchange:
     def abort(self) -> None:
         """No exchange waits any more; what it gives is worthless. From any thread."""
         if self._abort_stream is None:
-            self._stop.fill_(1)
+            self.stop.fill_(1)
             return
         # Beside the stream in which the device waits. The tensor was made in inference mode, as all of the engine is.
         with torch.inference_mode(), torch.cuda.stream(self._abort_stream):
-            self._stop.copy_(self._one, non_blocking=True)
+            self.stop.copy_(self._one, non_blocking=True)
 
     def _start(self, kernel: Any, words: torch.Tensor, *others: torch.Tensor | int | None, **constants: Any) -> None:
         count = words.shape[0]
@@ -249,7 +250,7 @@ class Exchange:
             self._inbox,
             self._addresses,
             self._counts,
-            self._stop,
+            self.stop,
             count,
             CAPACITY=self._capacity,
             RANK=self._shard.rank,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tgi_backend_cuda.collectives import CudaGroup
 from tgi_backend_cuda.native.attention import MAX_ROWS, DecodeRows, supports_attention
 from tgi_backend_cuda.native.compile import Kernel
-from tgi_backend_cuda.native.linear import MAX_TOKENS
-from tgi_backend_cuda.native.ops import NativeOps
+from tgi_backend_cuda.native.linear import MAX_TOKENS, Arriving
+from tgi_backend_cuda.native.ops import SENT_TOKENS, NativeOps
 from tgi_backend_cuda.native.wide import WIDTHS
 from tgi_backend_cuda.prefill import PlannedPrompts
 from tgi_model_server.device import AttentionShape, HeadNorms, Norm
@@ -19,6 +20,7 @@ from tgi_model_server.kernels.launch import Tuning
 from tgi_model_server.kernels.ops import TritonOps
 from tgi_model_server.kernels.plan import TritonAttentionPlan
 from tgi_model_server.kernels.shared import SharedState, merge_shared
+from tgi_model_server.parallel import Group
 from tgi_model_server.step import AttentionPlan
 
 
@@ -32,6 +34,8 @@ class CudaAttentionPlan(TritonAttentionPlan):
 NATIVE_TOKENS = (1, 2, 4, 8)
 """Sizes of steps up to `MAX_TOKENS` that run on the native kernels: those that there are graphs of."""
 
+_BROKEN_PROMISE = "linear_reduce was promised that its result is normed next; that is not what comes next"
+
 
 class CudaOps(TritonOps):
     """As `TritonOps`; steps of few tokens go through the native kernels, which read weights faster than the library
@@ -44,13 +48,26 @@ class CudaOps(TritonOps):
         self._native = native
         self._prepare = prepare
         self._packed: set[tuple[int, torch.dtype]] = set()
+        self.world_size = 1
+        """Ranks whose products send their sums; before weights are packed."""
+        self._arriving: Arriving | None = None
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         columns, dtype = weight.shape[1], weight.dtype
         if (columns, dtype) not in self._packed:
             self._packed.add((columns, dtype))
-            self._prepare(self._native.kernels(dtype, (*NATIVE_TOKENS, *WIDTHS), columns))
+            self._prepare(self._native.kernels(dtype, (*NATIVE_TOKENS, *WIDTHS), columns, self.world_size))
         return weight
+
+    def _received(self, x: torch.Tensor) -> Arriving | None:
+        """How x comes to be, if it is the sum that was sent last."""
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None and arriving.total is not x:
+            raise AssertionError(_BROKEN_PROMISE)
+        return arriving
+
+    def _receive_nothing(self) -> None:
+        assert self._arriving is None, _BROKEN_PROMISE
 
     def _suited(self, x: torch.Tensor, *, normed: bool, gated: int = 0) -> NativeOps | None:
         tokens, columns = x.shape
@@ -60,33 +77,60 @@ class CudaOps(TritonOps):
         return self._native if suited else None
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._receive_nothing()
         native = self._suited(x, normed=False)
         return super().linear(x, weight, bias) if native is None else native.linear(x, weight, bias)
 
     def linear_add(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> torch.Tensor:
+        self._receive_nothing()
         native = self._suited(x, normed=False)
         if native is None:
             return super().linear_add(x, weight, bias, residual)
         return native.linear_add(x, weight, residual, bias)
 
+    def linear_reduce(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        group: Group,
+        *,
+        normed_next: bool,
+    ) -> torch.Tensor:
+        """With `normed_next` few tokens' products are sent as they are, and added up by the kernel that norms them."""
+        self._receive_nothing()
+        inboxes = group.inboxes if normed_next and isinstance(group, CudaGroup) else None
+        native = self._suited(x, normed=False) if x.shape[0] in SENT_TOKENS else None
+        if (
+            inboxes is None
+            or native is None
+            or self._suited(residual, normed=True) is None
+            or residual.numel() > inboxes.capacity
+        ):
+            return super().linear_reduce(x, weight, bias, residual, group, normed_next=normed_next)
+        native.linear_send(x, weight, inboxes, bias)
+        self._arriving = Arriving(torch.empty_like(residual), residual, inboxes)
+        return self._arriving.total
+
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        native = self._suited(x, normed=True)
+        arriving, native = self._received(x), self._suited(x, normed=True)
         if native is None:
             return super().norm_linear(x, norm, weight, bias)
-        return native.norm_linear(x, norm.weight, norm.eps, weight, bias)
+        return native.norm_linear(x, norm.weight, norm.eps, weight, bias, arriving=arriving)
 
     def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        native = self._suited(x, normed=True, gated=weight.shape[0] // 2)
+        arriving, native = self._received(x), self._suited(x, normed=True, gated=weight.shape[0] // 2)
         if native is None:
             return super().norm_gated(x, norm, weight, bias)
-        return native.norm_gated(x, norm.weight, norm.eps, weight, bias)
+        return native.norm_gated(x, norm.weight, norm.eps, weight, bias, arriving=arriving)
 
     def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
-        native = self._suited(x, normed=True)
+        arriving, native = self._received(x), self._suited(x, normed=True)
         if native is not None:
-            return native.norm_head(x, norm.weight, norm.eps, weight)
+            return native.norm_head(x, norm.weight, norm.eps, weight, arriving=arriving)
         normed = self.rms_norm(x, norm.weight, norm.eps)
         if normed.dtype == torch.float32:
             return F.linear(normed, weight)
@@ -107,6 +151,7 @@ class CudaOps(TritonOps):
         sliding_window: int | None,
         last_only: bool = False,
     ) -> torch.Tensor:
+        self._receive_nothing()
         assert isinstance(plan, TritonAttentionPlan)
         tokens = qkv.shape[0]
         # Where nothing is shared and all rows have one token, the tables have the step's order.

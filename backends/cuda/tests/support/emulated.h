@@ -40,7 +40,7 @@ struct Fiber {
     ucontext_t context;
     std::vector<u8> stack;
     u32 thread = 0;
-    bool done = false;
+    bool done = false, waited = false;
     Meeting *at = nullptr;  // where it waits, and the round that must end
     u32 round = 0, cluster_round = 0;
     struct Block *block = nullptr;
@@ -63,6 +63,7 @@ static std::vector<std::unique_ptr<Fiber>> fibers;
 static std::vector<Block> cluster;
 static Meeting cluster_meeting;
 static Fiber *current;
+static bool somebody_waited;
 
 [[noreturn]] static void fail(const char *what) {
     fprintf(stderr, "emulated kernel, block %u %u %u, thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, what);
@@ -111,7 +112,7 @@ static inline float __shfl_xor_sync(u32, float v, int mask) {
 }
 static inline u32 atomicAdd(u32 *at, u32 v) { u32 old = *at; *at += v; return old; }
 
-DEVICE void grid_wait() {}
+DEVICE void grid_wait() { emulator::current->waited = emulator::somebody_waited = true; }
 DEVICE void grid_launch_next() {}
 DEVICE u64 streaming_policy() { return 0; }
 DEVICE void copy_async(void *to, const void *from, bool valid) {
@@ -138,7 +139,20 @@ DEVICE void prefetch_l2(const void *at, u32 bytes) {
 }
 DEVICE uint4 load_fresh16(const void *at) { return *(const uint4 *)at; }
 DEVICE u16 load_fresh(const u16 *at) { return *at; }
+DEVICE u32 load_fresh(const u32 *at) { return *at; }
 DEVICE float load_fresh(const float *at) { return *at; }
+
+// Another rank's kernel may run in another thread at the same time.
+DEVICE void send_number(u16 *to, u16 v) {
+    if (!emulator::current->waited) emulator::fail("a number is sent while kernels before may run");
+    __atomic_store_n(to, v, __ATOMIC_RELAXED);
+}
+DEVICE uint4 load_arriving(const void *at) {
+    u64 words[2];
+    for (int i = 0; i < 2; i++) words[i] = __atomic_load_n((const u64 *)at + i, __ATOMIC_RELAXED);
+    return make_uint4((u32)words[0], (u32)(words[0] >> 32), (u32)words[1], (u32)(words[1] >> 32));
+}
+DEVICE u32 load_flag(const u32 *at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
 
 #if BF16
 DEVICE float widen(u16 v) { return as_float((u32)v << 16); }
@@ -228,7 +242,7 @@ static void run_cluster() {
         fiber.stack.resize(1 << 16);
         fiber.thread = i % threads;
         fiber.block = &cluster[i / threads];
-        fiber.done = false;
+        fiber.done = fiber.waited = false;
         fiber.at = nullptr;
         fiber.groups.clear();
         fiber.open.clear();
@@ -258,6 +272,7 @@ static void run_cluster() {
 }
 static void launch(u32 grid_x, u32 grid_y, u32 grid_z, u32 threads, u32 shared_bytes, u32 together, u32 seed) {
     chance.seed(seed);
+    somebody_waited = false;
     gridDim = {grid_x, grid_y, grid_z};
     std::vector<u32> order(grid_x * grid_y * grid_z / together);
     for (u32 i = 0; i < order.size(); i++) order[i] = i;
@@ -273,6 +288,7 @@ static void launch(u32 grid_x, u32 grid_y, u32 grid_z, u32 threads, u32 shared_b
         }
         run_cluster();
     }
+    if (!somebody_waited) fail("it ends while kernels before it may run");
 }
 }  // namespace emulator
 

@@ -44,7 +44,8 @@ class Attention:
     ) -> torch.Tensor:
         """x [T, hidden], which may be overwritten; `keys` and `values` are this layer's pools, which get all tokens'.
 
-        `wanted`: flat indices of tokens, each its row's last; only these are returned, in that order.
+        `wanted`: flat indices of tokens, each its row's last; only these are returned, in that order. The result is to
+        be normed next, as `Ops.linear_reduce` has it.
         """
         attended = self._ops.rope_attention(
             self._qkv.normed(x, self._norm),
@@ -61,4 +62,4 @@ class Attention:
         )
         if wanted is not None:
             attended, x = attended.index_select(0, wanted), x.index_select(0, wanted)
-        return self._out.add(attended, x)
+        return self._out.add(attended, x, normed_next=True)

@@ -35,10 +35,10 @@ class RowParallelLinear:
         self._bias = bias
         self._group = group
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual + linear(x); may overwrite `residual`."""
+    def add(self, x: torch.Tensor, residual: torch.Tensor, *, normed_next: bool) -> torch.Tensor:
+        """residual + linear(x); may overwrite `residual`. `normed_next` as in `Ops.linear_reduce`."""
         if not x.shape[0]:
             return residual  # nobody exchanges nothing
         if self._group.world_size == 1:
             return self._ops.linear_add(x, self._weight, self._bias, residual)
-        return self._group.all_reduce_add(self._ops.linear(x, self._weight, self._bias), residual)
+        return self._ops.linear_reduce(x, self._weight, self._bias, residual, self._group, normed_next=normed_next)

@@ -16,6 +16,6 @@ class GatedMLP:
         self._gate_up = gate_up
         self._down = down
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden], which may be overwritten."""
-        return self._down.add(self._gate_up.normed_and_gated(x, self._norm), x)
+    def __call__(self, x: torch.Tensor, *, normed_next: bool) -> torch.Tensor:
+        """x [T, hidden], which may be overwritten. `normed_next` as in `Ops.linear_reduce`."""
+        return self._down.add(self._gate_up.normed_and_gated(x, self._norm), x, normed_next=normed_next)

@@ -51,9 +51,10 @@ class Llama:
         cos, sin = self._rope.at(step.positions)
         x = self._embed(step.input_ids)
         for layer, keys, values in zip(self._layers, kv.keys, kv.values, strict=True):
-            wanted = step.wanted if layer is self._layers[-1] else None
-            x = layer.attention(x, cos, sin, keys, values, step.attention, wanted)
-            x = layer.mlp(x)
+            last = layer is self._layers[-1]
+            x = layer.attention(x, cos, sin, keys, values, step.attention, step.wanted if last else None)
+            # What the last layer gives, others may read before it is normed.
+            x = layer.mlp(x, normed_next=not last)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

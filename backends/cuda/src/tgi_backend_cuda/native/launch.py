@@ -15,7 +15,7 @@ from tgi_backend_cuda.native.compile import Kernel, build
 from tgi_backend_cuda.native.tensor_map import TensorMap, Tiling, encode
 from tgi_gateway.errors import StartError
 
-Argument = ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_uint64 | ctypes.c_float | TensorMap
+Argument = ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_uint64 | ctypes.c_float | ctypes.Structure
 
 
 class Launcher(Protocol):

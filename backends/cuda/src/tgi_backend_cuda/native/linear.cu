@@ -9,12 +9,16 @@
 //   NORM         x is normalized first (RMS)          EPILOGUE               see below
 //   PREFETCH     bytes of each row of a block's first group that go to L2 before the wait, behind the ring
 //   EVICT_FIRST  whether weights leave L2 first
+//   WORLD        with SEND: ranks that the sums are sent to; with NORM, if not 1: ranks that sent what is to be added to x
+//                before all else
 #include "arithmetic.cuh"
 
 #define STORE 0        // out[TOKENS, rows], 16 bits
 #define STORE_FLOAT 1  // out[TOKENS, rows], float
 #define ADD 2          // out[TOKENS, rows] += , 16 bits
 #define GATED 3        // out[TOKENS, rows] = silu(weight[0, rows]) * weight[rows, 2 rows]
+#define SEND 4         // [TOKENS, rows], 16 bits, to all ranks
+#define RECEIVE (NORM && WORLD > 1)
 
 #define THREADS (WARPS * 32)
 #define CHUNK 64  // columns of a step: 128 bytes, one line of a cache
@@ -25,7 +29,9 @@
 #define PER_THREAD ((GROUP * TOKENS + THREADS - 1) / THREADS)
 #define STAGE_BYTES (WEIGHT_BYTES + (NORM ? 0 : TOKENS * CHUNK_BYTES))
 #define SUMS (WARPS * WEIGHT_ROWS * TOKENS)
-#define AT_ONCE (TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4)
+#define AT_ONCE (RECEIVE || TOKENS > 4 ? 1 : TOKENS > 2 ? 2 : 4)
+
+#include "inboxes.cuh"
 
 // Byte of piece `piece` (8 numbers) of row `row` in a tile of 128-byte rows: neither copying nor reading meets a bank twice.
 DEVICE u32 place(u32 row, u32 piece) { return row * CHUNK_BYTES + ((piece ^ (row & 7)) << 4); }
@@ -86,17 +92,20 @@ DEVICE Added added_to(const u16 *bias, const void *out, u32 t, u32 at, u32 rows)
     return added;
 }
 
-DEVICE void finish(void *out, float sum, float up, Added added, u64 at) {
+DEVICE void finish(void *out, float sum, float up, Added added, u64 at, const Inboxes &inboxes, u32 turn) {
     sum += widen(added.bias) + widen(added.residual);
     if (EPILOGUE == GATED) sum = sum / (1.0f + power_of_2(-1.4426950408889634f * sum)) * (up + widen(added.up_bias));
-    if (EPILOGUE == STORE_FLOAT)
+    if (EPILOGUE == SEND)
+        send(inboxes, turn, sum, at);
+    else if (EPILOGUE == STORE_FLOAT)
         ((float *)out)[at] = sum;
     else
         ((u16 *)out)[at] = narrow(sum);
 }
 
 // x normalized (Zhang and Sennrich 2019) into `input`, as chunks of TOKENS rows each, zeros behind the last column.
-DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_weight, float eps, u32 columns) {
+DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_weight, float eps, u32 columns,
+                      const Inboxes &inboxes, u32 turn) {
     const u32 pieces = columns / 8, all = (columns + CHUNK - 1) / CHUNK * 8;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float square[TOKENS];
@@ -111,12 +120,13 @@ DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_we
             for (u32 t = 0; t < TOKENS; t++) {
                 const u32 piece = begin + k * THREADS;
                 v[k][t] = make_uint4(0, 0, 0, 0);
-                if (piece < pieces) v[k][t] = load_fresh16(x + (u64)t * columns + piece * 8);
+                if (!RECEIVE && piece < pieces) v[k][t] = load_fresh16(x + (u64)t * columns + piece * 8);
             }
 #pragma unroll
         for (u32 k = 0; k < AT_ONCE; k++) {
             const u32 piece = begin + k * THREADS;
             if (piece >= all) break;
+            if (RECEIVE && piece < pieces) receive(v[k], x, inboxes, turn, piece, columns);
             u8 *chunk = input + piece / 8 * (TOKENS * CHUNK_BYTES);
 #pragma unroll
             for (u32 t = 0; t < TOKENS; t++) {
@@ -155,10 +165,11 @@ DEVICE void normalize(u8 *input, float *partial, const u16 *x, const u8 *norm_we
 // Grid: any number of blocks, which share the groups. x [TOKENS, columns], weight [rows or 2 rows, columns], bias [rows or
 // 2 rows] or null, out [TOKENS, rows]; columns a multiple of 8, pointers aligned to 16 bytes. Dynamic shared memory:
 // ring [WARPS][STAGES][STAGE_BYTES], sums float [2][SUMS], and with NORM: input [chunks][TOKENS][CHUNK_BYTES],
-// norm_weight [chunks][CHUNK_BYTES], partial float [TOKENS * WARPS].
+// norm_weight [chunks][CHUNK_BYTES], partial float [TOKENS * WARPS]. To send and to receive there are no more blocks than
+// groups, and rows that are sent are a multiple of 8.
 extern "C" __global__ void __launch_bounds__(THREADS)
     linear(const u16 *x, const u16 *norm_weight, float eps, const u16 *weight, const u16 *bias, void *out, u32 columns,
-           u32 rows) {
+           u32 rows, const Inboxes inboxes) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const u32 chunks = (columns + CHUNK - 1) / CHUNK, groups = (rows + GROUP - 1) / GROUP;
     u8 *const ring = shared + warp * (STAGES * STAGE_BYTES);
@@ -183,7 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     };
 
-    grid_launch_next();
+    if (EPILOGUE != SEND) grid_launch_next();
+    u32 turn = RECEIVE ? load_fresh(inboxes.state) : 0, sent_before = 0;
     if (NORM) {
         for (u32 piece = threadIdx.x; piece < columns / 8; piece += THREADS)
             copy_async(norm + piece * 16, norm_weight + piece * 8, true);
@@ -203,9 +215,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             prefetch_l2(weight + (u64)weight_row(blockIdx.x * GROUP, threadIdx.x, rows) * columns + begin, (end - begin) * 2);
     }
     grid_wait();
+    if (EPILOGUE == SEND) {
+        grid_launch_next();
+        turn = load_fresh(inboxes.state);
+        sent_before = load_fresh(inboxes.state + 1);
+    }
     if (NORM) {
         copy_wait<STAGES - 1>();
-        normalize(input, (float *)(norm + chunks * CHUNK_BYTES), x, norm, eps, columns);
+        normalize(input, (float *)(norm + chunks * CHUNK_BYTES), x, norm, eps, columns, inboxes, turn);
     } else {
 #pragma unroll 1
         for (u32 i = 0, chunk = warp; i < STAGES - 1; i++) {
@@ -246,6 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
 
+        if (RECEIVE && group == 0 && threadIdx.x == 0) received(inboxes, turn, columns);
         // Two buffers in turn: whoever is ahead writes where everyone has read, one barrier ago.
         float *const buffer = all_sums + (group & 1) * SUMS;
         float *const mine = buffer + warp * (WEIGHT_ROWS * TOKENS);
@@ -269,7 +287,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 total += sum[0];
                 if (EPILOGUE == GATED) up += sum[8];
             }
-            finish(out, total, up, added[i], (u64)t * rows + first + output);
+            finish(out, total, up, added[i], (u64)t * rows + first + output, inboxes, turn);
         }
     }
+    if (EPILOGUE == SEND) empty(inboxes, (turn + 2) % 3, sent_before);
 }

@@ -13,6 +13,10 @@ from tgi_backend_cuda.native.launch import Launcher, pointer
 
 MAX_TOKENS = 8
 """Rows of x that one product takes: columns of the matrix unit's right operand."""
+MAX_WORLD = 8
+"""Ranks that send sums to each other."""
+NOTHING_SENT = -0x8000
+"""Of an inbox's numbers: the 16 bits of minus zero."""
 _CHUNK = 64
 _CHUNK_BYTES = 128
 
@@ -24,6 +28,55 @@ class Epilogue(IntEnum):
     STORE_FLOAT = 1
     ADD = 2
     GATED = 3
+    SEND = 4
+    """They go to all ranks."""
+
+
+class InboxesArgument(ctypes.Structure):
+    """`Inboxes` in `linear.cu`."""
+
+    _fields_ = (
+        ("ranks", ctypes.c_uint64 * MAX_WORLD),
+        ("own", ctypes.c_uint64),
+        ("state", ctypes.c_uint64),
+        ("stop", ctypes.c_uint64),
+        ("sum", ctypes.c_uint64),
+        ("capacity", ctypes.c_uint32),
+        ("rank", ctypes.c_uint32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Inboxes:
+    """Where the products of all ranks send what they bring to a sum, and the next products find it: see `linear.cu`."""
+
+    addresses: tuple[int, ...]
+    """By rank, each int16 [3, world_size, capacity], `NOTHING_SENT` throughout at first."""
+    capacity: int
+    """Numbers of one sum."""
+    rank: int
+    state: torch.Tensor
+    """int32 [3] of this rank, zero at first."""
+    stop: torch.Tensor
+    """int32 [1]: not 0 once nobody may wait any more."""
+
+    def argument(self, total: torch.Tensor | None = None) -> InboxesArgument:
+        """For the receiver: `total` becomes its x with the sum added."""
+        ranks = (*self.addresses, *(0 for _ in range(MAX_WORLD - len(self.addresses))))
+        others = (self.state.data_ptr(), self.stop.data_ptr(), 0 if total is None else total.data_ptr())
+        return InboxesArgument(ranks, self.addresses[self.rank], *others, self.capacity, self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """A sum under way: the product that norms `total` next receives it, and fills `total` in."""
+
+    total: torch.Tensor
+    residual: torch.Tensor
+    inboxes: Inboxes
+
+
+NO_INBOXES = InboxesArgument()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +102,18 @@ class LinearTunings:
     norm_gated: LinearTuning = LinearTuning(warps=16, stages=4, blocks=1, prefetch=2048)
     head: LinearTuning = LinearTuning(warps=16, stages=4, blocks=1, prefetch=8192)
 
-    def of(self, normed: bool, epilogue: Epilogue) -> LinearTuning:
-        if epilogue == Epilogue.STORE:
-            return self.norm_linear if normed else self.linear
-        return {Epilogue.STORE_FLOAT: self.head, Epilogue.ADD: self.linear_add, Epilogue.GATED: self.norm_gated}[
-            epilogue
-        ]
+    receiving_stages: int = 5
+    """Of those with a norm that wait for other GPUs: they get further ahead meanwhile."""
+
+    def of(self, normed: bool, epilogue: Epilogue, world_size: int = 1) -> LinearTuning:
+        tuning = {
+            Epilogue.STORE: self.norm_linear if normed else self.linear,
+            Epilogue.SEND: self.linear,
+            Epilogue.STORE_FLOAT: self.head,
+            Epilogue.ADD: self.linear_add,
+            Epilogue.GATED: self.norm_gated,
+        }[epilogue]
+        return replace(tuning, stages=self.receiving_stages) if normed and world_size > 1 else tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +128,8 @@ class Linear:
     normed: bool
     epilogue: Epilogue
     tuning: LinearTuning
+    world_size: int = 1
+    """Ranks that send x, where it is normed, or that it is sent to."""
 
     @property
     def kernel(self) -> Kernel:
@@ -83,6 +144,7 @@ class Linear:
             "TILES": tuning.tiles,
             "PREFETCH": tuning.prefetch,
             "EVICT_FIRST": int(tuning.evict_first),
+            "WORLD": self.world_size,
         }
         return Kernel("linear", tuple(constants.items()))
 
@@ -115,9 +177,10 @@ class Linear:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         norm_weight: torch.Tensor | None,
         eps: float,
+        inboxes: InboxesArgument = NO_INBOXES,
     ) -> None:
         arguments = (
             pointer(x),
@@ -128,6 +191,7 @@ class Linear:
             pointer(out),
             ctypes.c_uint32(self.columns),
             ctypes.c_uint32(self.rows),
+            inboxes,
         )
         grid = (self.blocks(launcher.multiprocessors), 1, 1)
         launcher.launch(self.kernel, grid, 32 * self.tuning.warps, self.shared_bytes, arguments)

@@ -14,7 +14,15 @@ import torch
 from tgi_backend_cuda.native.attention import Attention, AttentionTuning, DecodeRows, DecodeShape, tuning_for
 from tgi_backend_cuda.native.compile import Kernel
 from tgi_backend_cuda.native.launch import Launcher
-from tgi_backend_cuda.native.linear import MAX_TOKENS, Epilogue, Linear, LinearTunings
+from tgi_backend_cuda.native.linear import (
+    MAX_TOKENS,
+    NO_INBOXES,
+    Arriving,
+    Epilogue,
+    Inboxes,
+    Linear,
+    LinearTunings,
+)
 from tgi_backend_cuda.native.wide import MAX_NORMED, Normalization, Wide, WideTunings, width_for
 from tgi_model_server.device import HeadNorms
 
@@ -23,6 +31,9 @@ DEFAULT_WIDE_TUNINGS = WideTunings()
 NORMED_EPILOGUES = (Epilogue.STORE, Epilogue.STORE_FLOAT, Epilogue.GATED)
 PLAIN_EPILOGUES = (Epilogue.STORE, Epilogue.ADD)
 """Of which there are operations."""
+WIDE_EPILOGUES = (Epilogue.STORE, Epilogue.STORE_FLOAT, Epilogue.ADD, Epilogue.GATED)
+SENT_TOKENS = (1, 2)
+"""Of products that send: every block of the next kernel reads all of the message, too long for more tokens."""
 
 
 class NativeOps:
@@ -60,8 +71,18 @@ class NativeOps:
             for epilogue in (NORMED_EPILOGUES if normed else PLAIN_EPILOGUES)
         )
 
-    def kernels(self, dtype: torch.dtype, tokens: Iterable[int], hidden_size: int) -> list[Kernel]:
-        """What a decoder starts for steps of these numbers of tokens, attention aside: for `CudaLauncher.prepare`."""
+    def kernels(self, dtype: torch.dtype, tokens: Iterable[int], hidden_size: int, world_size: int = 1) -> list[Kernel]:
+        """What a decoder starts for steps of these numbers of tokens, attention aside: for `CudaLauncher.prepare`;
+        with several ranks also what sends and receives sums.
+        """
+        tokens = list(tokens)
+        sent = [
+            self._product(number, hidden_size, 1, dtype, normed, epilogue, world_size).kernel
+            for number in tokens
+            for normed, epilogues in ((True, NORMED_EPILOGUES), (False, (Epilogue.SEND,)))
+            for epilogue in epilogues
+            if world_size > 1 and number in SENT_TOKENS and self.supports(number, hidden_size, dtype, normed=normed)
+        ]
         few = [
             self._product(number, hidden_size, 1, dtype, normed, epilogue).kernel
             for number in tokens
@@ -71,9 +92,11 @@ class NativeOps:
         ]
         widths = sorted({width_for(number) or 0 for number in tokens} - {0})
         if not widths or not self.supports(widths[0], hidden_size, dtype, normed=True):
-            return few
-        wide = [self._wide_product(width, 8, 8, dtype, epilogue).kernel for width in widths for epilogue in Epilogue]
-        return [*few, Normalization(hidden_size, dtype).kernel, *wide]
+            return [*few, *sent]
+        wide = [
+            self._wide_product(width, 8, 8, dtype, epilogue).kernel for width in widths for epilogue in WIDE_EPILOGUES
+        ]
+        return [*few, *sent, Normalization(hidden_size, dtype).kernel, *wide]
 
     def attention_kernel(
         self, rows: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, *, normed: bool
@@ -97,6 +120,12 @@ class NativeOps:
         self._start(x, weight, bias, residual, Epilogue.ADD)
         return residual
 
+    def linear_send(
+        self, x: torch.Tensor, weight: torch.Tensor, inboxes: Inboxes, bias: torch.Tensor | None = None
+    ) -> None:
+        """This rank's part of a sum, [T, out] = `linear`, to all ranks; the next kernel is to receive it."""
+        self._start(x, weight, bias, None, Epilogue.SEND, inboxes=inboxes)
+
     def norm_linear(
         self,
         x: torch.Tensor,
@@ -105,10 +134,11 @@ class NativeOps:
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        arriving: Arriving | None = None,
     ) -> torch.Tensor:
-        """`linear` of rms_norm(x); [T, out]."""
+        """`linear` of rms_norm(x); [T, out]. `arriving` is how x comes to be, if it is not there yet."""
         out = _result(x, weight.shape[0], x.dtype, out)
-        self._start(x, weight, bias, out, Epilogue.STORE, norm_weight, eps)
+        self._start(x, weight, bias, out, Epilogue.STORE, norm_weight, eps, arriving=arriving)
         return out
 
     def norm_gated(
@@ -119,10 +149,11 @@ class NativeOps:
         gate_up: torch.Tensor,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        arriving: Arriving | None = None,
     ) -> torch.Tensor:
         """silu(gate) * up, where [gate, up] is `gate_up` [2n, in] x rms_norm(x); [T, n]. Neither half is rounded."""
         out = _result(x, gate_up.shape[0] // 2, x.dtype, out)
-        self._start(x, gate_up, bias, out, Epilogue.GATED, norm_weight, eps)
+        self._start(x, gate_up, bias, out, Epilogue.GATED, norm_weight, eps, arriving=arriving)
         return out
 
     def norm_head(
@@ -132,10 +163,11 @@ class NativeOps:
         eps: float,
         weight: torch.Tensor,
         out: torch.Tensor | None = None,
+        arriving: Arriving | None = None,
     ) -> torch.Tensor:
         """Logits: float32 [T, out], so that rounding makes no ties."""
         out = _result(x, weight.shape[0], torch.float32, out)
-        self._start(x, weight, None, out, Epilogue.STORE_FLOAT, norm_weight, eps)
+        self._start(x, weight, None, out, Epilogue.STORE_FLOAT, norm_weight, eps, arriving=arriving)
         return out
 
     def rope_attention(
@@ -176,33 +208,58 @@ class NativeOps:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         epilogue: Epilogue,
         norm_weight: torch.Tensor | None = None,
         eps: float = 0.0,
+        *,
+        inboxes: Inboxes | None = None,
+        arriving: Arriving | None = None,
     ) -> None:
-        tokens, columns = x.shape
+        """Into `out`, or to all `inboxes`."""
+        (tokens, columns), outputs = x.shape, weight.shape[0] // (2 if epilogue == Epilogue.GATED else 1)
         assert weight.shape[1] == columns
         for tensor in (x, weight, out, bias, norm_weight):
             assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
         for tensor in (weight, bias, norm_weight):
             assert tensor is None or tensor.dtype == x.dtype
         if tokens <= MAX_TOKENS:
-            product = self._product(tokens, columns, out.shape[1], x.dtype, norm_weight is not None, epilogue)
-            product.start(self._launcher, x, weight, bias, out, norm_weight, eps)
+            argument = NO_INBOXES
+            if arriving is not None:
+                assert arriving.total is x
+                inboxes, x = arriving.inboxes, arriving.residual
+                argument = inboxes.argument(arriving.total)
+                assert x.is_contiguous()
+                assert x.data_ptr() % 16 == 0
+            elif inboxes is not None:
+                assert tokens * outputs <= inboxes.capacity
+                argument = inboxes.argument()
+            ranks = 1 if inboxes is None else len(inboxes.addresses)
+            product = self._product(tokens, columns, outputs, x.dtype, norm_weight is not None, epilogue, ranks)
+            product.start(self._launcher, x, weight, bias, out, norm_weight, eps, argument)
             return
+        assert out is not None
+        assert arriving is None
         if norm_weight is not None:
             normed = torch.empty_like(x)
             Normalization(columns, x.dtype).start(self._launcher, x, norm_weight, eps, normed)
             x = normed
-        wide = self._wide_product(tokens, columns, out.shape[1], x.dtype, epilogue)
+        wide = self._wide_product(tokens, columns, outputs, x.dtype, epilogue)
         wide.start(self._launcher, x, weight, bias, out)
 
     def _product(
-        self, tokens: int, columns: int, rows: int, dtype: torch.dtype, normed: bool, epilogue: Epilogue
+        self,
+        tokens: int,
+        columns: int,
+        rows: int,
+        dtype: torch.dtype,
+        normed: bool,
+        epilogue: Epilogue,
+        world_size: int = 1,
     ) -> Linear:
-        tuning = self._tunings.of(normed, epilogue)
-        return Linear(tokens, columns, rows, dtype, normed, epilogue, tuning).fitted(self._launcher.shared_bytes)
+        tuning = self._tunings.of(normed, epilogue, world_size)
+        product = Linear(tokens, columns, rows, dtype, normed, epilogue, tuning, world_size)
+        return product.fitted(self._launcher.shared_bytes)
 
     def _wide_product(self, tokens: int, columns: int, rows: int, dtype: torch.dtype, epilogue: Epilogue) -> Wide:
         width = width_for(tokens)

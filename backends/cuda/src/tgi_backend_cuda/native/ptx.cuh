@@ -81,9 +81,28 @@ DEVICE u16 load_fresh(const u16 *at) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(at) : "memory");
     return v;
 }
+DEVICE u32 load_fresh(const u32 *at) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
 DEVICE float load_fresh(const float *at) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+    return v;
+}
+
+// To another GPU, and 16 bytes that others may be writing: past all that might keep a copy.
+DEVICE void send_number(u16 *to, u16 v) { asm volatile("st.relaxed.sys.global.u16 [%0], %1;" ::"l"(to), "h"(v) : "memory"); }
+DEVICE uint4 load_arriving(const void *at) {
+    u64 low, high;
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(at) : "memory");
+    return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
+}
+// What the host or another GPU may change at any time.
+DEVICE u32 load_flag(const u32 *at) {
+    u32 v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
     return v;
 }
 
