@@ -103,7 +103,7 @@ def open_exchange(shard: Shard, device: torch.device) -> tuple[Exchange, Inboxes
         early=early,
         owner=(handle, everyone),
     )
-    if not early or world > MAX_WORLD:
+    if not early or not 1 < world <= MAX_WORLD:
         return exchange, None
     state = torch.zeros(3, dtype=torch.int32, device=device)
     sums = tuple(each + mine * memory.itemsize for each in addresses)
