@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -91,6 +92,19 @@ def test_short_texts_are_nobody_elses_business(make: Make) -> None:
     assert pieces.encode(text, True).tolist() == right(text)
     assert len(inner.encoded) == len(list(pieces.cut(text)))
     assert not other.encoded
+
+
+def test_only_this_user_may_ask(make: Make, folder: Path) -> None:
+    make(0)
+    assert stat.S_IMODE((folder / "text0").stat().st_mode) == 0o600
+
+
+def test_a_worker_without_a_socket_still_encodes(make: Make, folder: Path) -> None:
+    (folder / "text0").mkdir()  # where it cannot be
+    pieces, _ = make(0)
+    _, other = make(1)
+    assert pieces.encode(text_of(3), True).tolist() == right(text_of(3))
+    assert other.encoded
 
 
 def test_a_worker_that_is_not_there_is_done_without(make: Make) -> None:

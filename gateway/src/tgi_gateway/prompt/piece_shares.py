@@ -51,12 +51,18 @@ class PieceShares:
         return zlib.crc32(piece.encode()) % self._workers
 
     def serve(self, encode: Encode) -> None:
-        """Answer the other workers from threads of its own, with what `encode` gives. Raises `OSError`."""
+        """Answer the other workers from threads of its own, with what `encode` gives."""
         path = self._path(self._worker)
-        path.unlink(missing_ok=True)  # of a worker that had this place before
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listening.bind(str(path))
-        listening.listen(_BACKLOG)
+        try:
+            path.unlink(missing_ok=True)  # of a worker that had this place before
+            listening.bind(str(path))
+            path.chmod(0o600)
+            listening.listen(_BACKLOG)
+        except OSError as error:
+            listening.close()
+            logger.warning("HTTP worker %d encodes long texts for itself alone: %s: %s", self._worker, path, error)
+            return
         self._listening = listening
         threading.Thread(target=_accept, args=(listening, encode), name="piece-shares", daemon=True).start()
 

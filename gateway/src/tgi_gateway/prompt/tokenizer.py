@@ -112,7 +112,7 @@ class Tokenizer:
     ) -> Self:
         """Read tokenizer.json and its companions. Raises `ModelError` naming the file and the next step.
 
-        `workers`: threads. `shares`: processes that long texts are divided among; raises `OSError` if it cannot serve.
+        `workers`: threads. `shares`: processes that long texts are divided among.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
