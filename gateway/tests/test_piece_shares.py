@@ -69,6 +69,24 @@ def make(folder: Path) -> Iterator[Make]:
         each.close()
 
 
+def answer_once(path: Path, answer: Callable[[bytes], bytes]) -> threading.Thread:
+    """Be a worker that answers one question, and is gone."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(str(path))
+    listening.listen()
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection, listening:
+            body = piece_shares._read(connection)
+            assert body is not None
+            piece_shares._write(connection, answer(body))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
 def right(text: str) -> list[int]:
     return [1, *text.encode(), 2]
 
@@ -140,42 +158,19 @@ def test_a_worker_that_hangs_is_waited_for_once(make: Make, folder: Path, monkey
 )
 def test_an_answer_that_makes_no_sense_is_not_believed(make: Make, folder: Path, answer: bytes) -> None:
     pieces, _ = make(0)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(str(folder / "text1"))
-    listening.listen()
-
-    def serve() -> None:
-        connection, _ = listening.accept()
-        with connection:
-            connection.recv(1 << 20)
-            connection.sendall(len(answer).to_bytes(4, "little") + answer)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
+    thread = answer_once(folder / "text1", lambda _: answer)
     assert pieces.encode(text_of(3), True).tolist() == right(text_of(3))
     thread.join()
-    listening.close()
 
 
 def test_a_worker_that_comes_back_is_asked_again(make: Make, folder: Path) -> None:
     pieces, _ = make(0)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(str(folder / "text1"))
-    listening.listen()
 
-    def answer_once() -> None:
-        connection, _ = listening.accept()
-        with connection, listening:
-            length = int.from_bytes(connection.recv(4), "little")
-            body = b""
-            while len(body) < length:
-                body += connection.recv(length - len(body))
-            ids = [array("i", list(piece.encode())).tobytes() for piece in msgspec.msgpack.decode(body, type=list[str])]
-            reply = msgspec.msgpack.encode(ids)
-            connection.sendall(len(reply).to_bytes(4, "little") + reply)
+    def answer(body: bytes) -> bytes:
+        pieces = msgspec.msgpack.decode(body, type=list[str])
+        return msgspec.msgpack.encode([array("i", list(piece.encode())).tobytes() for piece in pieces])
 
-    thread = threading.Thread(target=answer_once)
-    thread.start()
+    thread = answer_once(folder / "text1", answer)
     assert pieces.encode(text_of(3), True).tolist() == right(text_of(3))
     thread.join()
     _, after = make(1)

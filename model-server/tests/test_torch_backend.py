@@ -6,8 +6,8 @@ import asyncio
 import math
 import random
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,8 @@ class Listener(Client):
         return f"{end.error_type}: {end.message}"
 
 
-@asynccontextmanager
-async def serving(folder: Path, device: Callable[[], Device], **options: Any) -> AsyncIterator[Listener]:
-    backend = TorchBackend(device, EngineOptions(folder, "small", **options), CAPABILITIES)
-    client = Listener(backend)
-    client.info = await backend.start(client.emit)
-    try:
-        yield client
-    finally:
-        await backend.stop(0.0)
+def serving(folder: Path, device: Callable[[], Device], **options: Any) -> AbstractAsyncContextManager[Listener]:
+    return Listener.serving(TorchBackend(device, EngineOptions(folder, "small", **options), CAPABILITIES))
 
 
 def prompts(count: int, length: int = 40) -> list[tuple[int, ...]]:

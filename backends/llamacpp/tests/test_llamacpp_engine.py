@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,10 @@ def options(path: Path, **changes: Any) -> EngineOptions:
     return EngineOptions(path, "test", extra=extra, **(sizes | changes))
 
 
-@asynccontextmanager
-async def serving(path: Path, **changes: Any) -> AsyncIterator[Client]:
+def serving(path: Path, **changes: Any) -> AbstractAsyncContextManager[Client]:
     backend = create(options(path, **changes))
     assert isinstance(backend, SteppedBackend)
-    client = Client(backend)
-    client.info = await backend.start(client.emit)
-    try:
-        yield client
-    finally:
-        await backend.stop(0.0)
+    return Client.serving(backend)
 
 
 def ask(text: str) -> tuple[int, ...]:

@@ -62,8 +62,7 @@ class CudaOps(TritonOps):
     def _received(self, x: torch.Tensor) -> Arriving | None:
         """How x comes to be, if it is the sum that was sent last."""
         arriving, self._arriving = self._arriving, None
-        if arriving is not None and arriving.total is not x:
-            raise AssertionError(_BROKEN_PROMISE)
+        assert arriving is None or arriving.total is x, _BROKEN_PROMISE
         return arriving
 
     def _receive_nothing(self) -> None:

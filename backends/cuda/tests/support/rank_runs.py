@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,12 @@ from tgi_model_server.backend import TorchBackend
 from tgi_model_server.testing.client import Client
 
 
-@asynccontextmanager
-async def serving(folder: Path, ranks: int, **options: Any) -> AsyncIterator[Client]:
+def serving(folder: Path, ranks: int, **options: Any) -> AbstractAsyncContextManager[Client]:
     from tgi_backend_cuda.device import CudaDevice
     from tgi_backend_cuda.plugin import CAPABILITIES
 
-    backend = TorchBackend(CudaDevice, EngineOptions(folder, "small", num_shard=ranks, **options), CAPABILITIES)
-    client = Client(backend)
-    client.info = await backend.start(client.emit)
-    try:
-        yield client
-    finally:
-        await backend.stop(0.0)
+    options = {"num_shard": ranks, **options}
+    return Client.serving(TorchBackend(CudaDevice, EngineOptions(folder, "small", **options), CAPABILITIES))
 
 
 def in_a_process(run: Callable[..., Coroutine[Any, Any, Any]], *arguments: object) -> Any:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,14 +129,8 @@ class SentSums:
             for tokens in sizes:
                 decoder = self.decoder(tokens, dtype, 2, real=False)
                 self.compare(decoder.forward(True), decoder.forward(False), f"eager {dtype} [{tokens}]")
-
-                def sent(decoder: Decoder = decoder) -> list[torch.Tensor]:
-                    return decoder.forward(True)
-
-                def plain(decoder: Decoder = decoder) -> list[torch.Tensor]:
-                    return decoder.forward(False)
-
-                recorded.append((decoder, self.record(sent), self.record(plain)))
+                sent, plain = (self.record(partial(decoder.forward, way)) for way in (True, False))
+                recorded.append((decoder, sent, plain))
         self.say("sums: sent ones are those of exchanges to the bit, eagerly")
         draw = random.Random(11)
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -162,9 +157,9 @@ class SentSums:
         for number in sizes:
             decoder = self.decoder(number, torch.bfloat16, LAYERS, real=True)
             graphs = [
-                self.record(lambda decoder=decoder: decoder.forward(True, keep=False)),  # type: ignore[misc]
-                self.record(lambda decoder=decoder: decoder.forward(False, keep=False)),  # type: ignore[misc]
-                self.record(lambda decoder=decoder: decoder.forward_alone()),  # type: ignore[misc]
+                self.record(partial(decoder.forward, True, keep=False)),
+                self.record(partial(decoder.forward, False, keep=False)),
+                self.record(decoder.forward_alone),
             ]
             times: list[list[float]] = [[], [], []]
             for _ in range(5):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Self
 
 from tgi_gateway.backend import ModelInfo
 from tgi_gateway.types import Failed, Finished, Request, StepEvents
@@ -23,6 +25,17 @@ class Client:
         self.steps: list[StepEvents] = []
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def serving(cls, backend: SteppedBackend) -> AsyncIterator[Self]:
+        """`backend` from its start to its stop, and who listens to it."""
+        client = cls(backend)
+        client.info = await backend.start(client.emit)
+        try:
+            yield client
+        finally:
+            await backend.stop(0.0)
 
     def emit(self, events: StepEvents) -> None:
         self._loop.call_soon_threadsafe(self._take, events)

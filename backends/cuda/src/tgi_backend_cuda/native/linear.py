@@ -33,7 +33,7 @@ class Epilogue(IntEnum):
 
 
 class InboxesArgument(ctypes.Structure):
-    """`Inboxes` in `linear.cu`."""
+    """`Inboxes` in `inboxes.cuh`."""
 
     _fields_ = (
         ("ranks", ctypes.c_uint64 * MAX_WORLD),
@@ -48,7 +48,7 @@ class InboxesArgument(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Inboxes:
-    """Where the products of all ranks send what they bring to a sum, and the next products find it: see `linear.cu`."""
+    """Where products of all ranks send what they bring to a sum, and the next ones find it: see `inboxes.cuh`."""
 
     addresses: tuple[int, ...]
     """By rank, each int16 [3, world_size, capacity], `NOTHING_SENT` throughout at first."""

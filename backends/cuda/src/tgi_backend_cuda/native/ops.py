@@ -7,7 +7,7 @@ that is not one of these, or a graph's beginning; every step has such.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -71,32 +71,26 @@ class NativeOps:
             for epilogue in (NORMED_EPILOGUES if normed else PLAIN_EPILOGUES)
         )
 
-    def kernels(self, dtype: torch.dtype, tokens: Iterable[int], hidden_size: int, world_size: int = 1) -> list[Kernel]:
+    def kernels(self, dtype: torch.dtype, tokens: Sequence[int], hidden_size: int, world_size: int = 1) -> list[Kernel]:
         """What a decoder starts for steps of these numbers of tokens, attention aside: for `CudaLauncher.prepare`;
         with several ranks also what sends and receives sums.
         """
-        tokens = list(tokens)
-        sent = [
-            self._product(number, hidden_size, 1, dtype, normed, epilogue, world_size).kernel
-            for number in tokens
-            for normed, epilogues in ((True, NORMED_EPILOGUES), (False, (Epilogue.SEND,)))
-            for epilogue in epilogues
-            if world_size > 1 and number in SENT_TOKENS and self.supports(number, hidden_size, dtype, normed=normed)
-        ]
+        alone = [(1, True, NORMED_EPILOGUES), (1, False, PLAIN_EPILOGUES)]
+        sums = [(world_size, True, NORMED_EPILOGUES), (world_size, False, (Epilogue.SEND,))] if world_size > 1 else []
         few = [
-            self._product(number, hidden_size, 1, dtype, normed, epilogue).kernel
+            self._product(number, hidden_size, 1, dtype, normed, epilogue, ranks).kernel
             for number in tokens
-            for normed, epilogues in ((True, NORMED_EPILOGUES), (False, PLAIN_EPILOGUES))
+            for ranks, normed, epilogues in (alone + sums if number in SENT_TOKENS else alone)
             for epilogue in epilogues
             if number <= MAX_TOKENS and self.supports(number, hidden_size, dtype, normed=normed)
         ]
         widths = sorted({width_for(number) or 0 for number in tokens} - {0})
         if not widths or not self.supports(widths[0], hidden_size, dtype, normed=True):
-            return [*few, *sent]
+            return few
         wide = [
             self._wide_product(width, 8, 8, dtype, epilogue).kernel for width in widths for epilogue in WIDE_EPILOGUES
         ]
-        return [*few, *sent, Normalization(hidden_size, dtype).kernel, *wide]
+        return [*few, Normalization(hidden_size, dtype).kernel, *wide]
 
     def attention_kernel(
         self, rows: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, *, normed: bool
@@ -217,29 +211,26 @@ class NativeOps:
         arriving: Arriving | None = None,
     ) -> None:
         """Into `out`, or to all `inboxes`."""
+        total: torch.Tensor | None = None
+        if arriving is not None:
+            assert arriving.total is x
+            total, x, inboxes = x, arriving.residual, arriving.inboxes
         (tokens, columns), outputs = x.shape, weight.shape[0] // (2 if epilogue == Epilogue.GATED else 1)
         assert weight.shape[1] == columns
-        for tensor in (x, weight, out, bias, norm_weight):
+        for tensor in (x, total, weight, out, bias, norm_weight):
             assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
         for tensor in (weight, bias, norm_weight):
             assert tensor is None or tensor.dtype == x.dtype
         if tokens <= MAX_TOKENS:
-            argument = NO_INBOXES
-            if arriving is not None:
-                assert arriving.total is x
-                inboxes, x = arriving.inboxes, arriving.residual
-                argument = inboxes.argument(arriving.total)
-                assert x.is_contiguous()
-                assert x.data_ptr() % 16 == 0
-            elif inboxes is not None:
-                assert tokens * outputs <= inboxes.capacity
-                argument = inboxes.argument()
-            ranks = 1 if inboxes is None else len(inboxes.addresses)
+            argument, ranks = NO_INBOXES, 1
+            if inboxes is not None:
+                assert tokens * (columns if total is not None else outputs) <= inboxes.capacity
+                argument, ranks = inboxes.argument(total), len(inboxes.addresses)
             product = self._product(tokens, columns, outputs, x.dtype, norm_weight is not None, epilogue, ranks)
             product.start(self._launcher, x, weight, bias, out, norm_weight, eps, argument)
             return
         assert out is not None
-        assert arriving is None
+        assert inboxes is None
         if norm_weight is not None:
             normed = torch.empty_like(x)
             Normalization(columns, x.dtype).start(self._launcher, x, norm_weight, eps, normed)
